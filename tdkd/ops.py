@@ -1,0 +1,958 @@
+"""The public ops: what they mean, what they refuse, and the choice of implementation.
+
+Conventions: student before teacher; logits ``[..., V]``, or hidden states ``[..., H]`` with a head
+``[V, H]``; the caller shifts tokens, so that row i is the state in which ``tokens[i]`` is taken;
+``ignore_index`` marks rows that are no states. Outputs are float32, float64 where the input is.
+
+``impl="reference"`` is plain PyTorch on any device and defines the op; ``"fused"`` is the kernel
+and raises where there is none; ``"auto"`` takes the kernel where one exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tdkd.kernels.batch_vocabulary import reference as _batch_vocabulary
+from tdkd.kernels.gather_q import reference as _gather_q
+from tdkd.kernels.linear_rows import reference as _linear_rows
+from tdkd.kernels.linear_select_actions import reference as _linear_select_actions
+from tdkd.kernels.select_actions import reference as _select_actions
+from tdkd.kernels.soft_value import reference as _soft_value
+from tdkd.kernels.td_target import reference as _td_target
+from tdkd.objectives import IQLearn, ObjectiveLike
+from tdkd.types import ActionSet, Rows, Scale, TDOutput, Vocabulary
+
+__all__ = [
+    "ActionSet",
+    "TDOutput",
+    "Vocabulary",
+    "batch_vocabulary",
+    "gather_q",
+    "linear_gather_q",
+    "linear_logsumexp",
+    "linear_select_actions",
+    "linear_td_loss",
+    "select_actions",
+    "soft_value",
+    "successors",
+    "td_loss",
+    "td_target",
+]
+
+Impl = Literal["auto", "reference", "fused"]
+Level = Literal["log_prob", "logit"]
+Normaliser = Literal["exact", "batch"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+def select_actions(
+    logits: Tensor,
+    k: int = 64,
+    top_p: float = 1.0,
+    *,
+    temperature: float = 1.0,
+    include: Tensor | None = None,
+    vocab_size: int | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    check: bool = False,
+    impl: Impl = "auto",
+) -> ActionSet:
+    """The teacher's action sets: the shortest top-p prefix of each row, cut at ``k``.
+
+    Tokens are ordered by (probability descending, id ascending), and the set is the shortest prefix
+    whose probability reaches ``top_p`` (within 1e-5 of it, so that rounding decides nothing), at
+    least one token and at most ``k``. ``top_p=1`` is plain top-k. Tokens with logit -inf are never
+    members. A row with NaN, with +inf, or with nothing finite gives an empty set. No gradient.
+    The top-p candidate set of arXiv 2505.20335.
+
+    Args:
+        logits: teacher logits ``(..., V)``; float64, float32, bfloat16 or float16.
+        k: cap of a set, >= 1; may exceed V.
+        top_p: probability that a set must reach, in (0, 1].
+        temperature: divides the logits, > 0.
+        include: taken tokens ``(...)``; each is in its set afterwards: appended, or in place of the
+            last member when the set is full. Negative entries include nothing.
+        vocab_size: columns at and above it are padding and do not exist.
+        softcap: ``softcap * tanh(z / softcap)`` on the logits before the temperature (Gemma).
+        logit_scale: multiplies the logits before the softcap (Cohere, Granite).
+        check: refuse rows without a usable logit and ids out of range, at the price of a host sync.
+        impl: "auto", "reference" or "fused" (raises where no kernel exists).
+    Returns:
+        ``ActionSet(ids int32 (..., k), log_probs float32 (..., k), count int32 (...))``.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument is out of range, or shapes do not fit.
+
+    >>> actions = select_actions(torch.tensor([[0.0, 3.0, 1.0, 3.0]]), k=3, top_p=0.9)
+    >>> actions.ids.tolist(), actions.count.tolist()
+    ([[1, 3, -1]], [2])
+    """
+    _no_kernel("select_actions", impl)
+    _floating("logits", logits)
+    _selection(k, top_p)
+    scale = _scale("", temperature, softcap, logit_scale)
+    logits = _columns("logits", logits, vocab_size)
+    if include is not None:
+        _tokens("include", include, logits.shape[:-1], logits)
+        if check:
+            _ids_below("include", include, logits.shape[-1])
+    if check:
+        _usable("logits", logits)
+    return _select_actions.select_actions(logits, k, top_p, scale, include)
+
+
+def gather_q(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    check: bool = False,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Q-values of an action set: ``logits.gather(-1, ids) / temperature``, -inf where padded.
+
+    Differentiable; backward writes one dense gradient (:func:`linear_gather_q` writes none).
+
+    Args:
+        logits: student logits ``(..., V)``; float64, float32, bfloat16 or float16.
+        ids: token ids ``(..., k)``, int32 or int64; negative ids pad.
+        temperature: divides the logits, > 0.
+        softcap: as in :func:`select_actions`.
+        logit_scale: as in :func:`select_actions`.
+        check: refuse ids >= V, at the price of a host sync.
+        impl: "auto", "reference" or "fused" (raises where no kernel exists).
+    Returns:
+        Q-values in nats, ``(..., k)``, float32.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: leading dims differ, an option is out of range, or (``check``) an id is >= V.
+    """
+    _no_kernel("gather_q", impl)
+    _floating("logits", logits)
+    scale = _scale("", temperature, softcap, logit_scale)
+    _set_ids("ids", ids, logits.shape[:-1], logits)
+    if check:
+        _ids_below("ids", ids, logits.shape[-1])
+    return _gather_q.gather_q(logits, ids, scale)
+
+
+def soft_value(q: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """Soft value of each set: ``V = logsumexp(q, -1)``; -inf, without gradient, on an empty one.
+
+    Args:
+        q: Q-values in nats ``(..., k)``; -inf where padded.
+        impl: "auto", "reference" or "fused" (raises where no kernel exists).
+    Returns:
+        ``(...)``, float32, nats.
+    Raises:
+        TypeError: ``q`` is not floating point.
+        ValueError: ``q`` has no dimension.
+    """
+    _no_kernel("soft_value", impl)
+    _floating("q", q)
+    return _soft_value.soft_value(_accumulated(q))
+
+
+def successors(
+    tokens: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    eos_token_id: int | Sequence[int] | Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The row of each row's next state, for every layout of sequences.
+
+    Row i is the state in which ``tokens[i]`` is taken. Its successor is the row after it in the
+    same sequence, if that is a state too. Rows are numbered over all leading dims, row-major.
+
+    Args:
+        tokens: taken tokens ``(..., T)``, already shifted; ``ignore_index`` where a row is no state
+            (prompt, padding on either side, other people's turns).
+        cu_seqlens: for one packed sequence ``(T,)`` or ``(1, T)``: offsets ``(S + 1,)`` of its S
+            sequences, from 0 to T.
+        eos_token_id: token or tokens that end a response. None: every response counts as cut off.
+        ignore_index: see ``tokens``.
+    Returns:
+        int64, the shape of ``tokens``: row of the next state; -1 where the token ends the response
+        (terminal, V' = 0); -2 where it was cut off (V' unknown), and on rows that are no states.
+    Raises:
+        TypeError: ``tokens`` or ``cu_seqlens`` are not integers.
+        ValueError: ``tokens`` has no dimension, or ``cu_seqlens`` does not fit them.
+
+    >>> successors(torch.tensor([-100, 5, 6, 2, 7, 8]), eos_token_id=2).tolist()
+    [-2, 2, 3, -1, 5, -2]
+    """
+    _integers("tokens", tokens)
+    if tokens.dim() == 0:
+        raise ValueError("tokens: expected at least one dimension, got a scalar")
+    state = tokens != ignore_index
+    follows = torch.zeros_like(state)
+    follows[..., :-1] = state[..., 1:]
+    if cu_seqlens is not None:
+        _integers("cu_seqlens", cu_seqlens)
+        length = tokens.shape[-1]
+        if cu_seqlens.dim() != 1 or tokens.numel() != length:
+            raise ValueError(
+                "cu_seqlens: expected offsets (S + 1,) with tokens (T,) or (1, T), got "
+                f"{tuple(cu_seqlens.shape)} with tokens {tuple(tokens.shape)}"
+            )
+        starts = torch.zeros(length + 1, dtype=torch.bool, device=tokens.device)
+        starts[cu_seqlens.long().clamp(max=length)] = True
+        follows &= ~starts[1:]
+    rows = torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape)
+    successor = torch.where(state & follows, rows + 1, -2)
+    if eos_token_id is not None:
+        eos = torch.as_tensor(eos_token_id, device=tokens.device).flatten()
+        ends = (tokens.unsqueeze(-1) == eos).any(-1)
+        successor = torch.where(state & ends, -1, successor)
+    return successor
+
+
+def td_target(
+    value: Tensor,
+    successor: Tensor,
+    *,
+    gamma: float = 0.99,
+    reward: Tensor | None = None,
+    lam: float | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Targets of temporal-difference learning: ``r + gamma V'``, or TD(lambda) returns.
+
+    With ``lam``, ``G_i = r_i + gamma ((1 - lam) V'_i + lam G_{i'})`` along the chain of successors
+    i'; ``lam=0`` is the one-step target. At a terminal row ``G = r``. A row that was cut off
+    (successor -2) has no target: it holds its own value, from which the return of the row before
+    it bootstraps.
+
+    Args:
+        value: V of each row ``(...)``, nats; rows are numbered over all dims, row-major.
+        successor: int32 or int64 ``(...)``, as :func:`successors` returns it.
+        gamma: discount in [0, 1].
+        reward: ``(...)``, nats; None means 0, as in inverse RL.
+        lam: lambda in [0, 1], or None for the one-step target.
+        impl: "auto", "reference" or "fused" (raises where no kernel exists).
+    Returns:
+        Targets ``(...)``, float32, differentiable in ``value`` and ``reward``.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes differ, or ``gamma`` or ``lam`` is outside [0, 1].
+    """
+    _no_kernel("td_target", impl)
+    _floating("value", value, dims=0)
+    _successor(successor, value.shape, value)
+    _within("gamma", gamma, 0.0, 1.0)
+    if lam is not None:
+        _within("lam", lam, 0.0, 1.0)
+    value = _accumulated(value)
+    if reward is None:
+        reward = torch.zeros_like(value)
+    else:
+        _floating("reward", reward, dims=0)
+        _same_shape("reward", reward, value.shape, "value")
+        reward = reward.to(value.dtype)
+    target = _td_target.td_target(
+        value.flatten(), successor.long().flatten(), reward.flatten(), gamma=gamma, lam=lam
+    )
+    return target.view(value.shape)
+
+
+def td_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    tokens: Tensor,
+    *,
+    objective: ObjectiveLike | None = None,
+    q: Level = "log_prob",
+    k: int = 64,
+    top_p: float = 0.8,
+    gamma: float = 0.99,
+    successor: Tensor | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    num_items_in_batch: Tensor | float | None = None,
+    check: bool = False,
+    impl: Impl = "auto",
+) -> TDOutput:
+    """TD distillation from logits: one call in place of a KD loss.
+
+    Selects the teacher's action sets (the taken token always in), gathers the student's Q on them,
+    takes soft values, bootstraps along ``successor`` and hands the rows to the objective
+    (arXiv 2505.20335, section 4). Logits outside the sets matter through ``log Z`` alone
+    (``q="log_prob"``), or not at all (``q="logit"``).
+
+    Args:
+        student_logits: ``(..., V)``; float64, float32, bfloat16 or float16.
+        teacher_logits: ``(..., V)``, no gradient.
+        tokens: taken tokens ``(...)``, already shifted; ``ignore_index`` where a row is no state.
+        objective: see :mod:`tdkd.objectives`; None is ``IQLearn()``.
+        q: ``"log_prob"``: Q is the student's full-vocabulary log-probability; ``"logit"``: its
+            logit (the paper), whose level is free.
+        k: cap of an action set, >= 1.
+        top_p: teacher probability that a set must reach, in (0, 1].
+        gamma: discount in [0, 1].
+        successor: int64 ``(...)`` from :func:`successors`; None derives it from ``tokens`` with
+            every response cut off at its end.
+        temperature: divides the student's logits, > 0. The loss is not multiplied by T^2.
+        teacher_temperature: divides the teacher's logits, > 0.
+        softcap: the student's, as in :func:`select_actions`; likewise the next three.
+        logit_scale: the student's.
+        teacher_softcap: the teacher's.
+        teacher_logit_scale: the teacher's.
+        vocab_size: columns at and above it are padding; needed where the models pad differently.
+        ignore_index: see ``tokens``.
+        reduction: "mean" over the rows that count, "sum", or "none" (0 on rows that do not count).
+            Rows without a known V' do not count for an objective that bootstraps.
+        num_items_in_batch: divides the sum in place of the number of rows that count ("mean" only).
+        check: refuse ids out of range and rows without a usable logit, at the price of a host sync.
+        impl: "auto", "reference" or "fused" (raises where no kernel exists).
+    Returns:
+        ``TDOutput(loss, q, value, td_error, actions)``; all but ``actions`` are differentiable.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument is out of range, or shapes do not fit.
+
+    >>> student = torch.randn(2, 5, 100, requires_grad=True)
+    >>> teacher, tokens = torch.randn(2, 5, 100), torch.randint(100, (2, 5))
+    >>> td_loss(student, teacher, tokens, k=8).loss.backward()
+    """
+    _no_kernel("td_loss", impl)
+    _floating("student_logits", student_logits)
+    _floating("teacher_logits", teacher_logits)
+    lead = student_logits.shape[:-1]
+    if teacher_logits.shape[:-1] != lead:
+        raise ValueError(
+            f"teacher_logits: expected the leading dims of student_logits {tuple(lead)}, got "
+            f"{tuple(teacher_logits.shape[:-1])}"
+        )
+    _same_device("teacher_logits", teacher_logits, student_logits)
+    _same_vocabulary(
+        "teacher_logits", teacher_logits.shape[-1], student_logits.shape[-1], vocab_size
+    )
+    student_logits = _columns("student_logits", student_logits, vocab_size)
+    _tokens("tokens", tokens, lead, student_logits)
+    scale = _scale("", temperature, softcap, logit_scale)
+    actions = select_actions(
+        teacher_logits,
+        k,
+        top_p,
+        temperature=teacher_temperature,
+        include=torch.where(tokens == ignore_index, -1, tokens),
+        vocab_size=vocab_size,
+        softcap=teacher_softcap,
+        logit_scale=teacher_logit_scale,
+        check=check,
+        impl=impl,
+    )
+    flat = student_logits.reshape(-1, student_logits.shape[-1])
+    ids = actions.ids.view(-1, k)
+    objective = IQLearn() if objective is None else objective
+    if _needs_normaliser(objective, q):
+        z, log_rest = _linear_rows.dense_rows(flat, ids, scale)
+    else:
+        z, log_rest = _gather_q.gather_q(flat, ids, scale), None
+    return _td_output(
+        z,
+        log_rest,
+        actions,
+        tokens,
+        objective=objective,
+        q=q,
+        gamma=gamma,
+        successor=successor,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+    )
+
+
+def linear_select_actions(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int = 64,
+    top_p: float = 1.0,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    include: Tensor | None = None,
+    vocab_size: int | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    check: bool = False,
+    impl: Impl = "auto",
+) -> ActionSet:
+    """``select_actions(hidden @ weight.T + bias)`` without the ``[N, V]`` logits in memory.
+
+    One chunk of rows has logits at a time. Products accumulate in float32. No gradient.
+
+    Args:
+        hidden: the teacher's last hidden states ``(..., H)``.
+        weight: its head ``(V, H)``.
+        bias: its head's bias ``(V,)``.
+        k: as in :func:`select_actions`, and so are the others.
+    Returns:
+        ``ActionSet(ids int32 (..., k), log_probs float32 (..., k), count int32 (...))``.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument is out of range, or shapes do not fit.
+    """
+    _no_kernel("linear_select_actions", impl)
+    weight, bias = _head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
+    _selection(k, top_p)
+    scale = _scale("", temperature, softcap, logit_scale)
+    lead = hidden.shape[:-1]
+    if include is not None:
+        _tokens("include", include, lead, hidden)
+        if check:
+            _ids_below("include", include, weight.shape[0])
+        include = include.reshape(-1)
+    if check:
+        _usable("hidden", hidden)
+    actions = _linear_select_actions.linear_select_actions(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, k, top_p, scale, include
+    )
+    return ActionSet(*(column.view(*lead, *column.shape[1:]) for column in actions))
+
+
+def linear_gather_q(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    check: bool = False,
+    impl: Impl = "auto",
+) -> Tensor:
+    """``gather_q(hidden @ weight.T + bias, ids)`` from the k head rows of each position alone.
+
+    Differentiable in ``hidden``, ``weight`` and ``bias``. Nothing of size ``[N, V]`` exists.
+
+    Args:
+        hidden: last hidden states ``(..., H)``.
+        weight: head ``(V, H)``.
+        ids: token ids ``(..., k)``, int32 or int64; negative ids pad.
+        bias: head bias ``(V,)``.
+        temperature: divides the logits, > 0.
+        softcap: as in :func:`select_actions`.
+        logit_scale: as in :func:`select_actions`.
+        check: refuse ids >= V, at the price of a host sync.
+        impl: "auto", "reference" or "fused" (raises where no kernel exists).
+    Returns:
+        Q-values in nats, ``(..., k)``, float32; -inf where padded.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument is out of range, or shapes do not fit.
+    """
+    _no_kernel("linear_gather_q", impl)
+    weight, bias = _head("hidden", hidden, "weight", weight, "bias", bias, None)
+    scale = _scale("", temperature, softcap, logit_scale)
+    _set_ids("ids", ids, hidden.shape[:-1], hidden)
+    if check:
+        _ids_below("ids", ids, weight.shape[0])
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    q = _linear_rows.linear_gather_q(flat, weight, bias, ids.reshape(-1, ids.shape[-1]), scale)
+    return q.view(ids.shape)
+
+
+def linear_logsumexp(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    vocabulary: Vocabulary | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """``log Z = logsumexp(hidden @ weight.T + bias, -1)`` without the ``[N, V]`` logits in memory.
+
+    Differentiable in ``hidden``, ``weight`` and ``bias``; logits are computed again in backward,
+    chunk by chunk. With a ``vocabulary``, ``log Z`` is estimated from its weighted columns alone:
+    consistent (Z is unbiased, its log is not), and only those head rows get a gradient.
+
+    Args:
+        hidden: last hidden states ``(..., H)``.
+        weight: head ``(V, H)``.
+        vocabulary: from :func:`batch_vocabulary`; None is exact.
+        bias: head bias ``(V,)``.
+        temperature: divides the logits, > 0.
+        softcap: as in :func:`select_actions`.
+        logit_scale: as in :func:`select_actions`.
+        vocab_size: columns at and above it are padding and do not exist.
+        impl: "auto", "reference" or "fused" (raises where no kernel exists).
+    Returns:
+        ``(...)``, float32, nats.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument is out of range, or shapes do not fit.
+    """
+    _no_kernel("linear_logsumexp", impl)
+    weight, bias = _head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
+    scale = _scale("", temperature, softcap, logit_scale)
+    lead = hidden.shape[:-1]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    nothing = torch.empty((flat.shape[0], 0), dtype=torch.int64, device=hidden.device)
+    return _linear_rows.linear_rows(flat, weight, bias, nothing, scale, vocabulary).log_rest.view(
+        lead
+    )
+
+
+def batch_vocabulary(
+    actions: ActionSet,
+    vocab_size: int,
+    *,
+    extra: int = 1024,
+    generator: torch.Generator | None = None,
+) -> Vocabulary:
+    """The columns that matter to a batch: every member of every set, and a sample of the others.
+
+    The union U of the sets has weight 1; ``extra`` columns drawn uniformly without replacement from
+    the other ``V - |U|`` stand for all of them, each with the weight ``(V - |U|) / extra``, so that
+    ``sum exp(z + log_weight)`` is an unbiased estimate of Z.
+
+    Args:
+        actions: action sets of the batch.
+        vocab_size: V.
+        extra: number of sampled columns, >= 0 (all others, if there are fewer).
+        generator: source of randomness; None is torch's default one.
+    Returns:
+        ``Vocabulary(ids int32 (M,) ascending, log_weight float32 (M,))``; M depends on the data.
+    Raises:
+        ValueError: ``extra`` is negative, ``vocab_size`` < 1, or a member is >= ``vocab_size``.
+    """
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size: expected a number >= 1, got {vocab_size!r}")
+    if extra < 0:
+        raise ValueError(f"extra: expected a number >= 0, got {extra!r}")
+    _ids_below("actions", actions.ids, vocab_size)
+    return _batch_vocabulary.batch_vocabulary(
+        actions.ids, vocab_size, extra=extra, generator=generator
+    )
+
+
+def linear_td_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    tokens: Tensor,
+    *,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    actions: ActionSet | None = None,
+    objective: ObjectiveLike | None = None,
+    q: Level = "log_prob",
+    normaliser: Normaliser = "exact",
+    vocabulary: Vocabulary | None = None,
+    extra: int = 1024,
+    generator: torch.Generator | None = None,
+    k: int = 64,
+    top_p: float = 0.8,
+    gamma: float = 0.99,
+    successor: Tensor | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_bias: Tensor | None = None,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    num_items_in_batch: Tensor | float | None = None,
+    check: bool = False,
+    impl: Impl = "auto",
+) -> TDOutput:
+    """:func:`td_loss` from hidden states and heads, without either model's ``[N, V]`` logits.
+
+    The teacher is live (``teacher_hidden`` and ``teacher_weight``) or given as ``actions``, which
+    must hold the taken tokens (``include=tokens``).
+
+    Args:
+        student_hidden: last hidden states ``(..., H)``.
+        student_weight: head ``(V, H)``.
+        tokens: taken tokens ``(...)``, already shifted; ``ignore_index`` where a row is no state.
+        teacher_hidden: ``(..., H_t)``, no gradient.
+        teacher_weight: ``(V, H_t)``, no gradient.
+        actions: action sets in place of a live teacher; then ``k``, ``top_p`` and the teacher's
+            options have no say.
+        normaliser: how ``log Z`` is had where the objective or ``q="log_prob"`` needs it:
+            ``"exact"`` over all columns, or ``"batch"`` from the batch vocabulary.
+        vocabulary: for ``"batch"``: columns in place of
+            ``batch_vocabulary(actions, V, extra=extra)``; must hold every member.
+        extra: for ``"batch"``: number of sampled columns.
+        generator: for ``"batch"``: source of randomness.
+        bias: the student's head bias ``(V,)``; ``teacher_bias`` is the teacher's.
+        objective: as in :func:`td_loss`, and so are the others.
+    Returns:
+        ``TDOutput(loss, q, value, td_error, actions)``.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument is out of range, shapes do not fit, or both or neither of a live
+            teacher and ``actions`` are given.
+    """
+    _no_kernel("linear_td_loss", impl)
+    weight, bias = _head(
+        "student_hidden", student_hidden, "student_weight", student_weight, "bias", bias, vocab_size
+    )
+    lead = student_hidden.shape[:-1]
+    _tokens("tokens", tokens, lead, student_hidden)
+    _choice("normaliser", normaliser, ("exact", "batch"))
+    scale = _scale("", temperature, softcap, logit_scale)
+    include = torch.where(tokens == ignore_index, -1, tokens)
+    if check:
+        _ids_below("tokens", include, weight.shape[0])
+
+    if (teacher_hidden is None) != (teacher_weight is None) or (teacher_hidden is None) == (
+        actions is None
+    ):
+        given = [
+            name
+            for name, value in (
+                ("teacher_hidden", teacher_hidden),
+                ("teacher_weight", teacher_weight),
+                ("actions", actions),
+            )
+            if value is not None
+        ]
+        raise ValueError(
+            "teacher: expected either teacher_hidden and teacher_weight, or actions, got "
+            f"{' and '.join(given) or 'none of them'}"
+        )
+    if actions is None:
+        assert teacher_hidden is not None
+        assert teacher_weight is not None
+        _floating("teacher_hidden", teacher_hidden)
+        if teacher_hidden.shape[:-1] != lead:
+            raise ValueError(
+                f"teacher_hidden: expected the leading dims of student_hidden {tuple(lead)}, got "
+                f"{tuple(teacher_hidden.shape[:-1])}"
+            )
+        _same_device("teacher_hidden", teacher_hidden, student_hidden)
+        _same_vocabulary(
+            "teacher_weight", teacher_weight.shape[0], student_weight.shape[0], vocab_size
+        )
+        actions = linear_select_actions(
+            teacher_hidden,
+            teacher_weight,
+            k,
+            top_p,
+            bias=teacher_bias,
+            temperature=teacher_temperature,
+            include=include,
+            vocab_size=vocab_size,
+            softcap=teacher_softcap,
+            logit_scale=teacher_logit_scale,
+            check=check,
+            impl=impl,
+        )
+    else:
+        _set_ids("actions", actions.ids, lead, student_hidden)
+        if check:
+            _ids_below("actions", actions.ids, weight.shape[0])
+
+    flat = student_hidden.reshape(-1, student_hidden.shape[-1])
+    ids = actions.ids.reshape(-1, actions.ids.shape[-1])
+    objective = IQLearn() if objective is None else objective
+    if _needs_normaliser(objective, q):
+        if normaliser == "batch" and vocabulary is None:
+            vocabulary = batch_vocabulary(
+                actions, weight.shape[0], extra=extra, generator=generator
+            )
+        elif normaliser == "exact" and vocabulary is not None:
+            raise ValueError('vocabulary: expected None with normaliser="exact", got a Vocabulary')
+        z, log_rest = _linear_rows.linear_rows(flat, weight, bias, ids, scale, vocabulary)
+    else:
+        z, log_rest = _linear_rows.linear_gather_q(flat, weight, bias, ids, scale), None
+    return _td_output(
+        z,
+        log_rest,
+        actions,
+        tokens,
+        objective=objective,
+        q=q,
+        gamma=gamma,
+        successor=successor,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+    )
+
+
+def _needs_normaliser(objective: ObjectiveLike, q: Level) -> bool:
+    _choice("q", q, ("log_prob", "logit"))
+    return q == "log_prob" or getattr(objective, "normalised", True)
+
+
+def _td_output(
+    z: Tensor,
+    log_rest: Tensor | None,
+    actions: ActionSet,
+    tokens: Tensor,
+    *,
+    objective: ObjectiveLike,
+    q: Level,
+    gamma: float,
+    successor: Tensor | None,
+    ignore_index: int,
+    reduction: Reduction,
+    num_items_in_batch: Tensor | float | None,
+) -> TDOutput:
+    """All that is ``[N, k]``: from the student's scaled logits on the sets, ``z``, to the loss."""
+    _within("gamma", gamma, 0.0, 1.0)
+    _choice("reduction", reduction, ("mean", "sum", "none"))
+    lead = tokens.shape
+    if successor is None:
+        successor = successors(tokens, ignore_index=ignore_index) if tokens.dim() else None
+    if successor is None:
+        successor = tokens.new_full((), -2, dtype=torch.int64)
+    _successor(successor, lead, tokens)
+
+    taken = tokens.reshape(-1).long()
+    ids = actions.ids.reshape(taken.shape[0], -1)
+    here = ids == taken.unsqueeze(-1)
+    state = (taken != ignore_index) & here.any(-1)
+    # a successor that is no state has no value to offer
+    successor = successor.reshape(-1).long()
+    exists = state.new_ones(successor.shape)
+    if state.numel():
+        exists = (successor < 0) | state.gather(0, successor.clamp(min=0))
+    successor = torch.where(state & exists, successor, -2)
+
+    valid = (ids >= 0) & state.unsqueeze(-1)
+    value = torch.where(state, _soft_value.soft_value(z), 0.0)
+    log_mass = log_tail = None
+    if log_rest is not None:
+        log_z = torch.where(state, torch.logaddexp(value, log_rest), 0.0)
+        log_mass = value - log_z
+        log_tail = torch.where(state, log_rest - log_z, 0.0)
+        if q == "log_prob":
+            z = z - log_z.unsqueeze(-1)
+            value = log_mass
+    blank = ~state.unsqueeze(-1)
+    rows = Rows(
+        q=torch.where(blank, 0.0, z),
+        log_probs=torch.where(blank, 0.0, actions.log_probs.reshape(ids.shape).to(z.dtype)),
+        valid=valid,
+        slot=here.int().argmax(-1) * state,
+        value=value,
+        next_value=_td_target.next_value(value, successor),
+        successor=successor,
+        state=state,
+        gamma=gamma,
+        log_mass=log_mass,
+        log_tail=log_tail,
+    )
+    per_row = objective(rows)
+    if per_row.shape != value.shape:
+        raise ValueError(
+            f"objective: expected one loss a row {tuple(value.shape)}, got {tuple(per_row.shape)}"
+        )
+    counted = rows.bootstrapped if getattr(objective, "bootstraps", True) else state
+    per_row = torch.where(counted, per_row, 0.0)
+
+    q_taken = torch.where(state, rows.taken(rows.q), 0.0)
+    td_error = torch.where(rows.bootstrapped, q_taken - gamma * rows.next_value, 0.0)
+    if reduction == "none":
+        loss = per_row.view(lead)
+    else:
+        loss = per_row.sum()
+        if reduction == "mean":
+            items = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = loss / items
+    return TDOutput(loss, q_taken.view(lead), value.view(lead), td_error.view(lead), actions)
+
+
+def _accumulated(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# What the ops refuse. Each message names the argument, what was expected and what came.
+
+
+def _no_kernel(op: str, impl: str) -> None:
+    _choice("impl", impl, ("auto", "reference", "fused"))
+    if impl == "fused":
+        raise NotImplementedError(
+            f'impl: expected "auto" or "reference", got "fused": {op} has no kernel yet'
+        )
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(f'"{choice}"' for choice in allowed)
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}], got {value!r}")
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+
+
+def _scale(prefix: str, temperature: float, softcap: float | None, logit_scale: float) -> Scale:
+    _positive(f"{prefix}temperature", temperature)
+    _positive(f"{prefix}logit_scale", logit_scale)
+    if softcap is not None:
+        _positive(f"{prefix}softcap", softcap)
+    return Scale(temperature, softcap, logit_scale)
+
+
+def _selection(k: int, top_p: float) -> None:
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k: expected an int, got {type(k).__name__}")
+    if k < 1:
+        raise ValueError(f"k: expected an int >= 1, got {k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+
+
+def _floating(name: str, x: Tensor, *, dims: int = 1) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{name}: expected float64, float32, bfloat16 or float16, got {_short(x.dtype)}"
+        )
+    if x.dim() < dims:
+        raise ValueError(f"{name}: expected at least {dims} dimension, got a scalar")
+
+
+def _integers(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected int32 or int64, got {_short(x.dtype)}")
+
+
+def _tokens(name: str, tokens: Tensor, lead: torch.Size, like: Tensor) -> None:
+    _integers(name, tokens)
+    if tokens.shape != lead:
+        raise ValueError(
+            f"{name}: expected one token a position {tuple(lead)}, got {tuple(tokens.shape)}"
+        )
+    _same_device(name, tokens, like)
+
+
+def _set_ids(name: str, ids: Tensor, lead: torch.Size, like: Tensor) -> None:
+    _integers(name, ids)
+    if ids.dim() == 0 or ids.shape[:-1] != lead:
+        raise ValueError(f"{name}: expected ({_dims(lead)}k) ids, got {tuple(ids.shape)}")
+    _same_device(name, ids, like)
+
+
+def _successor(successor: Tensor, shape: torch.Size, like: Tensor) -> None:
+    _integers("successor", successor)
+    _same_shape("successor", successor, shape, "the rows")
+    _same_device("successor", successor, like)
+
+
+def _same_shape(name: str, x: Tensor, shape: torch.Size, of: str) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected the shape of {of} {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def _same_device(name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {x.device}")
+
+
+def _same_vocabulary(name: str, teacher: int, student: int, vocab_size: int | None) -> None:
+    if vocab_size is None and teacher != student:
+        raise ValueError(
+            f"{name}: expected the student's vocabulary of {student}, got {teacher}; where they "
+            "differ by padding alone, pass vocab_size"
+        )
+
+
+def _columns(name: str, logits: Tensor, vocab_size: int | None) -> Tensor:
+    if vocab_size is None:
+        return logits
+    if not 1 <= vocab_size <= logits.shape[-1]:
+        raise ValueError(
+            f"vocab_size: expected 1 to {logits.shape[-1]}, the columns of {name}, got "
+            f"{vocab_size!r}"
+        )
+    return logits[..., :vocab_size]
+
+
+def _head(
+    hidden_name: str,
+    hidden: Tensor,
+    weight_name: str,
+    weight: Tensor,
+    bias_name: str,
+    bias: Tensor | None,
+    vocab_size: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    _floating(hidden_name, hidden)
+    _floating(weight_name, weight)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{weight_name}: expected (V, {hidden.shape[-1]}) to fit {hidden_name}, got "
+            f"{tuple(weight.shape)}"
+        )
+    _same_device(weight_name, weight, hidden)
+    if bias is not None:
+        _floating(bias_name, bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{bias_name}: expected ({weight.shape[0]},) to fit {weight_name}, got "
+                f"{tuple(bias.shape)}"
+            )
+        _same_device(bias_name, bias, hidden)
+    if vocab_size is not None:
+        if not 1 <= vocab_size <= weight.shape[0]:
+            raise ValueError(
+                f"vocab_size: expected 1 to {weight.shape[0]}, the rows of {weight_name}, got "
+                f"{vocab_size!r}"
+            )
+        weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    return weight, bias
+
+
+def _ids_below(name: str, ids: Tensor, vocab: int) -> None:
+    if ids.numel() and int(ids.max()) >= vocab:
+        raise ValueError(
+            f"{name}: expected ids below the vocabulary's size {vocab}, got {int(ids.max())}"
+        )
+
+
+def _usable(name: str, x: Tensor) -> None:
+    bad = (x.isnan() | (x == torch.inf)).any(-1) | ~(x != -torch.inf).any(-1)
+    if bool(bad.any()):
+        row = int(bad.flatten().int().argmax())
+        raise ValueError(
+            f"{name}: expected rows without NaN or +inf and with a finite entry, got row {row} "
+            f"of {bad.numel()} without"
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dims(lead: torch.Size) -> str:
+    return "".join(f"{size}, " for size in lead)

@@ -1,0 +1,120 @@
+"""The records that ops take and return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Scale(NamedTuple):
+    """What stands between a head's matrix product and the logits that it means."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    """``softcap * tanh(z / softcap)``, as Gemma has it."""
+    logit_scale: float = 1.0
+    """multiplies the product before the softcap, as Cohere and Granite have it."""
+
+
+class ActionSet(NamedTuple):
+    """The few tokens of each position that carry the teacher's probability.
+
+    Members come first, by probability descending (ties: lowest id first); with ``include`` the
+    taken token may follow them out of that order.
+    """
+
+    ids: Tensor
+    """int32 ``[..., k]``; -1 where padded."""
+    log_probs: Tensor
+    """float32 ``[..., k]``; log pi* over the full vocabulary, nats; -inf where padded."""
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
+    """int32 ``[...]``; number of members; 0 where the teacher's row has no usable logit."""
+
+    @property
+    def valid(self) -> Tensor:
+        """bool ``[..., k]``: True where a slot holds a member."""
+        return self.ids >= 0
+
+    @property
+    def mass(self) -> Tensor:
+        """float32 ``[...]``: the teacher probability that the set holds."""
+        return self.log_probs.exp().sum(-1)
+
+
+class Vocabulary(NamedTuple):
+    """A weighted subset of the vocabulary, from which ``log Z`` is estimated."""
+
+    ids: Tensor
+    """int32 ``[M]``, ascending, distinct."""
+    log_weight: Tensor
+    """float32 ``[M]``: 0 for columns surely in, ``log((V - |U|) / m)`` for sampled ones."""
+
+
+class TDOutput(NamedTuple):
+    """What a TD loss returns; ``loss``, ``q``, ``value`` and ``td_error`` are differentiable."""
+
+    loss: Tensor
+    """scalar, or ``[...]`` with ``reduction="none"``."""
+    q: Tensor
+    """float32 ``[...]``: Q of the taken token; 0 on rows that are no states."""
+    value: Tensor
+    """float32 ``[...]``: soft value V on the set; 0 on rows that are no states. With
+    ``q="log_prob"`` it is the log of the student's mass on the set."""
+    td_error: Tensor
+    """float32 ``[...]``: ``Q(a) - gamma V'``; 0 where V' is unknown or the row is no state."""
+    actions: ActionSet
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What an objective sees: N positions, k slots each, nothing of vocabulary size.
+
+    Slots that are padded hold ``q = log_probs = -inf`` and ``valid = False``. Rows that are no
+    states hold zeros, so that whatever an objective computes there stays finite.
+    """
+
+    q: Tensor
+    """``[N, k]``: Q-values of the student on the set, nats."""
+    log_probs: Tensor
+    """``[N, k]``: the teacher's log-probabilities over the full vocabulary; no gradient."""
+    valid: Tensor
+    """bool ``[N, k]``: slots that hold a member."""
+    slot: Tensor
+    """int64 ``[N]``: slot of the taken token (0 on rows that are no states)."""
+    value: Tensor
+    """``[N]``: V, the soft value on the set."""
+    next_value: Tensor
+    """``[N]``: V' of the successor; 0 where the response ended or V' is unknown."""
+    successor: Tensor
+    """int64 ``[N]``: row of the next state; -1 terminal; -2 unknown."""
+    state: Tensor
+    """bool ``[N]``: rows that are states (a taken token, and a set that is not empty)."""
+    gamma: float
+    """discount."""
+    log_mass: Tensor | None = None
+    """``[N]``: log of the student's full-vocabulary mass on the set; None if not asked for."""
+    log_tail: Tensor | None = None
+    """``[N]``: log of the student's mass outside the set; None if not asked for."""
+
+    @property
+    def bootstrapped(self) -> Tensor:
+        """bool ``[N]``: states whose V' is known (or not needed, at gamma = 0)."""
+        return self.state & (self.successor != -2) if self.gamma else self.state
+
+    def taken(self, per_slot: Tensor) -> Tensor:
+        """``[N]``: the entry of ``per_slot [N, k]`` that belongs to the taken token."""
+        return per_slot.gather(-1, self.slot.unsqueeze(-1)).squeeze(-1)
+
+    @property
+    def teacher_log_mass(self) -> Tensor:
+        """``[N]``: log of the teacher's mass on the set."""
+        return torch.where(self.state, self.log_probs.logsumexp(-1), 0.0)
+
+    @property
+    def teacher_weights(self) -> Tensor:
+        """``[N, k]``: the teacher renormalised on the set; 0 where padded."""
+        log_w = self.log_probs - self.teacher_log_mass.unsqueeze(-1)
+        return torch.where(self.valid, log_w.exp(), 0.0)
