@@ -84,8 +84,8 @@ class IQLearn(Objective):
 
     Args:
         phi: ``"chi2"`` or ``"identity"``.
-        alpha: strength of chi2, > 0; the smaller, the stronger. The paper's is 0.1, which is violent
-            on log-probabilities: begin near 1.
+        alpha: strength of chi2, > 0; the smaller, the stronger. The paper's is 0.1, which is
+            violent on log-probabilities: begin near 1.
         expectation: w is the taken token (``"token"``) or the teacher renormalised on the set
             (``"teacher"``).
         stop_gradient: ``"next"`` keeps gradients out of V'; without it they lower the error by
