@@ -1,0 +1,135 @@
+"""The ``tdkd`` command. Commands load their libraries when they run, not before."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from tdkd.errors import UserError
+
+app = typer.Typer(
+    help="Temporal-difference distillation of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# typer may carry its own copy of click: this is the UsageError of the one that it uses
+USAGE_ERROR: Any = typer.BadParameter.__base__
+
+Device = Annotated[str, typer.Option(help="torch device")]
+Seed = Annotated[int, typer.Option(help="seed of what is sampled")]
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices, implementations of the ops, missing extras."""
+    from tdkd.cli.info import run
+
+    run()
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Option(help="directory of the teacher")],
+    output: Annotated[str, typer.Option(help="JSONL to write; goes on where it was left")],
+    prompts: Annotated[
+        str | None, typer.Option(help='JSONL with "prompt"; without it the teacher writes its own')
+    ] = None,
+    num_examples: Annotated[int, typer.Option(help="prompts to write")] = 512,
+    max_prompt_tokens: Annotated[int, typer.Option(help="longer prompts are dropped")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="longer answers are cut")] = 256,
+    batch_size: Annotated[int, typer.Option(help="sequences at a time")] = 64,
+    top_k: Annotated[int, typer.Option(help="sample among so many tokens")] = 50,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 1.0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Let a teacher answer prompts, or write prompts and answers by itself."""
+    from tdkd.cli.generate import run
+
+    run(
+        model=model,
+        output=output,
+        prompts=prompts,
+        num_examples=num_examples,
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        top_k=top_k,
+        temperature=temperature,
+        seed=seed,
+        device=device,
+    )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="directory of the student")],
+    teacher: Annotated[str, typer.Option(help="directory of the teacher")],
+    data: Annotated[str, typer.Option(help="JSONL with prompt and completion, or references")],
+    output: Annotated[str, typer.Option(help="JSON to write")],
+    max_examples: Annotated[int | None, typer.Option(help="the first so many records")] = None,
+    max_length: Annotated[int, typer.Option(help="tokens of prompt and completion")] = 512,
+    batch_size: Annotated[int, typer.Option(help="sequences at a time")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="length of an answer")] = 128,
+    temperature: Annotated[float, typer.Option(help="of the answers; 0 is greedy")] = 0.0,
+    rouge: Annotated[bool, typer.Option(help="let the student answer, and score it")] = True,
+    samples: Annotated[int, typer.Option(help="answers to keep in the JSON")] = 0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Measure a student against its teacher on held-out responses."""
+    from tdkd.cli.evaluate import run
+
+    run(
+        model=model,
+        teacher=teacher,
+        data=data,
+        output=output,
+        max_examples=max_examples,
+        max_length=max_length,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        rouge=rouge,
+        samples=samples,
+        seed=seed,
+        device=device,
+    )
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def distill(context: typer.Context) -> None:
+    """Train a student: tdkd distill config.yaml [--flag value ...]; --help lists every flag."""
+    from tdkd.cli.distill import run
+
+    run(context.args)
+
+
+def main() -> None:
+    """Entry point: what the user can mend is one line and exit code 2."""
+    try:
+        status = app(standalone_mode=False)
+    except UserError as error:
+        _refuse(str(error))
+    except USAGE_ERROR as error:
+        _refuse(error.format_message())
+    except (KeyboardInterrupt, typer.Abort):
+        _refuse("interrupted", code=130)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "tdkd":
+            raise
+        _refuse(f'{error.name} is missing: pip install "tdkd[train]"')
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _refuse(message: str, code: int = 2) -> None:
+    if message:  # typer has printed its help already where it has nothing to say
+        print("tdkd: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)

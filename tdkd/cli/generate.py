@@ -1,0 +1,288 @@
+"""tdkd generate: a teacher answers prompts, or writes prompts and answers by itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tdkd import records
+from tdkd.errors import UserError
+from tdkd.models import eos_token_ids, load_model, load_tokenizer
+
+console = Console(stderr=True)
+
+
+class TopKSampler(LogitsProcessor):
+    """Sampling from the top-k as greedy search over Gumbel noise.
+
+    ``generate``'s own sampler draws over the whole vocabulary, a third of a step on a CPU, and from
+    the global generator; this one draws k numbers a row from its own, so that a batch can be done
+    again.
+    """
+
+    def __init__(self, k: int, temperature: float, generator: torch.Generator) -> None:
+        self.k = k
+        self.temperature = temperature
+        self.generator = generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        top = scores.topk(min(self.k, scores.shape[-1]))
+        noise = torch.rand(top.values.shape, generator=self.generator).to(scores)
+        gumbel = -(-noise.clamp(min=1e-20).log()).log()
+        drawn = top.values / self.temperature + gumbel
+        return torch.full_like(scores, -torch.inf).scatter_(-1, top.indices, drawn)
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    top_k: int = 50,
+    temperature: float = 1.0,
+    seed: int = 0,
+    stop_ids: list[int] | None = None,
+) -> list[tuple[list[int], bool]]:
+    """One continuation of each prompt, sampled from the top-k (``temperature=0``: greedy).
+
+    Returns:
+        For each prompt the new tokens without the stop token, and whether they were cut off.
+    """
+    stop = eos_token_ids(model, tokenizer) if stop_ids is None else stop_ids
+    pad = tokenizer.pad_token_id
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor(
+        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
+    )
+    options: dict[str, Any] = {}
+    if temperature > 0:
+        generator = torch.Generator().manual_seed(seed)
+        sampler = TopKSampler(top_k, temperature, generator)
+        options["logits_processor"] = LogitsProcessorList([sampler])
+    with torch.inference_mode():
+        if len(prompts) > 1 and width > 1 and all(p == prompts[0] for p in prompts):
+            # one row computes what all of them share
+            cache = DynamicCache(config=model.config)
+            model(ids[:1, :-1], past_key_values=cache, logits_to_keep=1)
+            cache.batch_repeat_interleave(len(prompts))
+            options["past_key_values"] = cache
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=stop,
+            pad_token_id=pad,
+            **options,
+        )
+    result = []
+    for row in out[:, width:].tolist():
+        end = next((i for i, token in enumerate(row) if token in stop), None)
+        result.append((row if end is None else row[:end], end is None))
+    return result
+
+
+def run(
+    *,
+    model: str,
+    output: str,
+    prompts: str | None,
+    num_examples: int,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    batch_size: int,
+    top_k: int,
+    temperature: float,
+    seed: int,
+    device: str,
+) -> None:
+    """The command; every argument is an option of ``tdkd generate``."""
+    for name, value in {
+        "num-examples": num_examples,
+        "max-prompt-tokens": max_prompt_tokens,
+        "max-new-tokens": max_new_tokens,
+        "batch-size": batch_size,
+        "top-k": top_k,
+    }.items():
+        if value < 1:
+            raise UserError(f"{name}: expected a number >= 1, got {value}")
+    if temperature < 0:
+        raise UserError(f"temperature: expected a number >= 0, got {temperature}")
+    given = None if prompts is None else records.read(prompts, "prompts")
+    tokenizer = load_tokenizer(model, chat=True)
+    out = Path(output)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "model": str(model),
+        "prompts": prompts,
+        "num_examples": num_examples,
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "top_k": top_k,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    _same_settings(out, settings)
+    teacher = load_model(model, device=device)
+    sampling: dict[str, Any] = {"top_k": top_k, "temperature": temperature}
+    if given is None:
+        written = _write_prompts(
+            teacher, tokenizer, out, num_examples, max_prompt_tokens, batch_size, seed, sampling
+        )
+        given = [{"prompt": text} for text in written]
+    encoded = [records.prompt_ids(record["prompt"], tokenizer) for record in given]
+    # neighbours of one length waste no padding
+    order = sorted(range(len(given)), key=lambda i: (len(encoded[i]), i))
+    order = [i for i in order if len(encoded[i]) <= max_prompt_tokens + _overhead(tokenizer)]
+    if not order:
+        raise UserError(
+            f"prompts: expected prompts of at most {max_prompt_tokens} tokens, got none that short"
+        )
+    if len(order) < len(given):
+        console.print(f"{len(given) - len(order)} prompts are longer than {max_prompt_tokens}")
+
+    done = len(order) if _lines(out) == len(order) else records.keep_lines(out, batch_size)
+    if done:
+        console.print(f"{out}: {done} of {len(order)} answers are there already")
+    with _progress() as progress:
+        task = progress.add_task("answers", total=len(order), completed=done)
+        for start in range(done, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            answers = sample(
+                teacher,
+                tokenizer,
+                [encoded[i] for i in batch],
+                max_new_tokens=max_new_tokens,
+                seed=_batch_seed(seed, "answers", start // batch_size),
+                **sampling,
+            )
+            records.append(out, _answered(given, batch, answers, tokenizer))
+            progress.update(task, advance=len(batch))
+    console.print(f"{len(order)} records in {out}")
+
+
+def _answered(
+    given: list[records.Record],
+    batch: list[int],
+    answers: list[tuple[list[int], bool]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Iterator[records.Record]:
+    for i, (tokens, truncated) in zip(batch, answers, strict=True):
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        yield {
+            **given[i],
+            "prompt": records.messages(given[i]["prompt"]),
+            "completion": [{"role": "assistant", "content": text}],
+            "truncated": truncated,
+        }
+
+
+def _write_prompts(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    num_examples: int,
+    max_prompt_tokens: int,
+    batch_size: int,
+    seed: int,
+    sampling: dict[str, Any],
+) -> list[str]:
+    """What an instruct model writes when it is given the opening of a user turn (Magpie)."""
+    state_path = out.with_name(out.name + ".prompts.json")
+    state: dict[str, Any] = {"batches": 0, "prompts": []}
+    if state_path.exists():
+        state = json.loads(state_path.read_text())
+    opening = _user_opening(tokenizer)
+    with _progress() as progress:
+        task = progress.add_task("prompts", total=num_examples, completed=len(state["prompts"]))
+        while len(state["prompts"]) < num_examples:
+            drawn = sample(
+                teacher,
+                tokenizer,
+                [opening] * batch_size,
+                max_new_tokens=max_prompt_tokens,
+                seed=_batch_seed(seed, "prompts", state["batches"]),
+                **sampling,
+            )
+            seen = set(state["prompts"])
+            fresh = []
+            for tokens, truncated in drawn:
+                text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                if text and not truncated and text not in seen:
+                    seen.add(text)
+                    fresh.append(text)
+            state["batches"] += 1
+            state["prompts"] += fresh
+            records.write_whole(state_path, state)
+            progress.update(task, completed=min(num_examples, len(state["prompts"])))
+            if state["batches"] >= 10 and len(state["prompts"]) < state["batches"]:
+                raise UserError(
+                    f"model: expected a teacher that writes prompts, got {len(state['prompts'])} "
+                    f"in {state['batches']} batches of {batch_size}; pass --prompts"
+                )
+    return state["prompts"][:num_examples]
+
+
+def _user_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    marker = "\u241f"
+    text = tokenizer.apply_chat_template([{"role": "user", "content": marker}], tokenize=False)
+    return tokenizer(text.split(marker)[0], add_special_tokens=False).input_ids
+
+
+def _overhead(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the chat template adds to a prompt."""
+    return len(records.prompt_ids("", tokenizer))
+
+
+def _batch_seed(seed: int, stage: str, batch: int) -> int:
+    # distinct streams for the stages and batches of one run
+    return seed * 1_000_003 + batch * 2 + (stage == "answers")
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _same_settings(out: Path, settings: dict[str, Any]) -> None:
+    path = out.with_name(out.name + ".settings.json")
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"{name}: expected {before.get(name)!r} as in {path}, got {value!r}; choose "
+                    "another --output to start afresh"
+                )
+    elif out.exists():
+        raise UserError(f"output: expected a new file or one of tdkd generate, got {out}")
+    records.write_whole(path, settings)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

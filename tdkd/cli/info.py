@@ -1,0 +1,45 @@
+"""tdkd info: what this installation can do."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import tdkd
+
+EXTRAS = {
+    "triton": "triton",
+    "transformers": "tdkd[train]",
+    "trl": "tdkd[train]",
+    "datasets": "tdkd[train]",
+    "peft": "tdkd[train]",
+    "rouge-score": "tdkd[train]",
+    "matplotlib": "tdkd[train]",
+}
+
+
+def run() -> None:
+    """Prints versions, devices, the implementations of the ops, and extras that are missing."""
+    table = Table(show_header=False, title="tdkd")
+    table.add_row("tdkd", tdkd.__version__)
+    table.add_row("python", platform.python_version())
+    table.add_row("torch", torch.__version__)
+    missing = []
+    for package, source in EXTRAS.items():
+        try:
+            table.add_row(package, version(package))
+        except PackageNotFoundError:
+            table.add_row(package, f'missing: pip install "{source}"')
+            missing.append(package)
+    cuda = torch.cuda.is_available()
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("devices", ", ".join(["cpu", *devices]) if cuda else "cpu")
+    table.add_row(
+        "cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    )
+    table.add_row("ops", 'impl="reference" on every device; no kernels yet, "fused" raises')
+    Console().print(table)
