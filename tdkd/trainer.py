@@ -1,0 +1,380 @@
+"""TDTrainer: TRL's SFTTrainer with a TD distillation loss on the response tokens.
+
+Data sets, chat templates, packing, PEFT, checkpoints, distributed training and logging are TRL's.
+What is ours is one step: hidden states of teacher and student, their heads, ``ops.linear_td_loss``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+from trl.models.utils import _ForwardRedirection
+
+from tdkd import ops
+from tdkd.errors import UserError
+from tdkd.models import (
+    Head,
+    eos_token_ids,
+    last_hidden_state,
+    lm_head,
+    load_model,
+)
+from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn, Objective, ObjectiveLike, ReverseKL
+
+Imitation = Literal["forward_kl", "reverse_kl", "cross_entropy", "none"]
+IMITATION = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL, "cross_entropy": CrossEntropy}
+
+
+@dataclass
+class TDConfig(SFTConfig):
+    """:class:`trl.SFTConfig` with what TD distillation adds.
+
+    The loss of a step is ``imitation_weight * imitation + td_weight * IQ-Learn + lm_weight * LM``.
+    The defaults are what learned in our measurements: a normalised imitation term, and beside it a
+    small TD term on log-probabilities. With the first two weights 0 the trainer is a plain
+    supervised warm start and needs no teacher.
+
+    On a machine without an accelerator ``bf16`` defaults to False (TRL's default is True).
+    """
+
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Directory of the teacher."}
+    )
+    action_top_k: int = field(default=64, metadata={"help": "Cap of an action set."})
+    action_top_p: float = field(
+        default=0.8, metadata={"help": "Teacher probability that an action set must reach."}
+    )
+    gamma: float = field(default=0.99, metadata={"help": "Discount of the TD term."})
+    q_level: str = field(
+        default="log_prob",
+        metadata={"help": "What Q is: the student's 'log_prob', or its 'logit' (the paper)."},
+    )
+    normaliser: str = field(
+        default="batch",
+        metadata={
+            "help": "log Z over all columns ('exact') or over the batch vocabulary ('batch')."
+        },
+    )
+    batch_vocabulary_extra: int = field(
+        default=1024, metadata={"help": "Columns that the batch vocabulary samples."}
+    )
+    imitation: str = field(
+        default="forward_kl",
+        metadata={"help": "'forward_kl', 'reverse_kl' or 'cross_entropy' on the set, or 'none'."},
+    )
+    imitation_tail: bool = field(
+        default=True,
+        metadata={"help": "Add a bucket for the mass outside the set to the imitation term."},
+    )
+    imitation_weight: float = field(default=1.0, metadata={"help": "Weight of the imitation term."})
+    td_weight: float = field(default=0.1, metadata={"help": "Weight of the IQ-Learn term."})
+    td_phi: str = field(default="chi2", metadata={"help": "'chi2' or 'identity'."})
+    td_alpha: float = field(
+        default=1.0, metadata={"help": "Strength of chi2 (the paper's 0.1 is much stronger)."}
+    )
+    td_expectation: str = field(
+        default="token", metadata={"help": "'token' (the taken one) or 'teacher' (over the set)."}
+    )
+    td_stop_gradient: bool = field(
+        default=True, metadata={"help": "Keep gradients out of the value of the next state."}
+    )
+    lm_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the cross-entropy on the response tokens."}
+    )
+    student_temperature: float = field(
+        default=1.0, metadata={"help": "Divides the student's logits in the TD loss."}
+    )
+    teacher_temperature: float = field(
+        default=1.0, metadata={"help": "Divides the teacher's logits."}
+    )
+    vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "Columns at and above it are padding; for models that pad differently."},
+    )
+
+    def __post_init__(self) -> None:
+        choices = {
+            "q_level": get_args(ops.Level),
+            "normaliser": get_args(ops.Normaliser),
+            "imitation": get_args(Imitation),
+            "td_phi": ("chi2", "identity"),
+            "td_expectation": ("token", "teacher"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        ranges = {
+            "action_top_k": (self.action_top_k >= 1, ">= 1"),
+            "action_top_p": (0 < self.action_top_p <= 1, "in (0, 1]"),
+            "gamma": (0 <= self.gamma <= 1, "in [0, 1]"),
+            "batch_vocabulary_extra": (self.batch_vocabulary_extra >= 0, ">= 0"),
+            "imitation_weight": (self.imitation_weight >= 0, ">= 0"),
+            "td_weight": (self.td_weight >= 0, ">= 0"),
+            "td_alpha": (self.td_alpha > 0, "> 0"),
+            "lm_weight": (self.lm_weight >= 0, ">= 0"),
+            "student_temperature": (self.student_temperature > 0, "> 0"),
+            "teacher_temperature": (self.teacher_temperature > 0, "> 0"),
+        }
+        for name, (fits, expected) in ranges.items():
+            if not fits:
+                raise UserError(f"{name}: expected a number {expected}, got {getattr(self, name)}")
+        if self.objective() is None and self.lm_weight == 0:
+            raise UserError(
+                "lm_weight: expected a number > 0 where td_weight and the imitation term are 0, got 0"
+            )
+        if self.bf16 is None and not torch.accelerator.is_available():
+            self.bf16 = False
+        super().__post_init__()
+
+    def objective(self) -> Objective | None:
+        """The objective that the fields describe; None for a plain warm start."""
+        terms: list[Objective] = []
+        if self.imitation != "none" and self.imitation_weight:
+            terms.append(
+                self.imitation_weight * IMITATION[self.imitation](tail=self.imitation_tail)
+            )
+        if self.td_weight:
+            iq = IQLearn(
+                self.td_phi,  # type: ignore[arg-type]
+                alpha=self.td_alpha,
+                expectation=self.td_expectation,  # type: ignore[arg-type]
+                stop_gradient="next" if self.td_stop_gradient else None,
+            )
+            terms.append(self.td_weight * iq)
+        if not terms:
+            return None
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+class TDTrainer(SFTTrainer):
+    """:class:`trl.SFTTrainer` whose loss is TD distillation.
+
+    Args:
+        model: the student, or its directory.
+        teacher_model: the teacher, or its directory; None takes ``args.teacher_model_name_or_path``.
+        args: a :class:`TDConfig`.
+        objective: any objective of :mod:`tdkd.objectives` or a function of ``Rows``, in place of
+            the one that ``args`` describe.
+        trainer: what ``SFTTrainer`` takes (``train_dataset``, ``processing_class``, ...).
+    Raises:
+        UserError: there is no teacher although the objective needs one, or vocabularies differ.
+    """
+
+    _tag_names = ["trl", "tdkd"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: TDConfig | None = None,
+        *,
+        objective: ObjectiveLike | None = None,
+        **trainer: Any,
+    ) -> None:
+        args = TDConfig() if args is None else args
+        super().__init__(model=model, args=args, **trainer)
+        # the losses below honour num_items_in_batch, whatever the model's forward accepts
+        self.model_accepts_loss_kwargs = True
+        self.objective = args.objective() if objective is None else objective
+        self._redirect = _ForwardRedirection()
+        student = self.accelerator.unwrap_model(self.model)
+        self._eos = eos_token_ids(student, self._tokenizer)
+        self.teacher: nn.Module | None = None
+        if self.objective is not None:
+            self.teacher = self._prepared_teacher(teacher_model, lm_head(student), args)
+
+    def _prepared_teacher(
+        self, teacher: str | PreTrainedModel | None, student: Head, args: TDConfig
+    ) -> nn.Module:
+        teacher = args.teacher_model_name_or_path if teacher is None else teacher
+        if teacher is None:
+            raise UserError(
+                "teacher_model: expected a teacher for this objective, got none; "
+                "set teacher_model_name_or_path"
+            )
+        if isinstance(teacher, str):
+            teacher = load_model(
+                teacher, dtype=student.weight.dtype, argument="teacher_model_name_or_path"
+            )
+        sizes = student.weight.shape[0], lm_head(teacher).weight.shape[0]
+        if sizes[0] != sizes[1] and args.vocab_size is None:
+            raise UserError(
+                f"teacher_model: expected the student's vocabulary of {sizes[0]}, got {sizes[1]}; "
+                "where they differ by padding alone, set vocab_size"
+            )
+        teacher.requires_grad_(False)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True).eval()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one micro-batch; outputs are not built, since logits do not exist."""
+        if return_outputs:
+            raise NotImplementedError(
+                "return_outputs: expected False, since no logits exist here; set "
+                "prediction_loss_only=True for evaluation"
+            )
+        student = self.accelerator.unwrap_model(model)
+        # through the wrapper's forward, so that DDP reduces the gradients of what runs inside
+        loss, metrics = self._redirect(
+            model, student, self._loss, student, inputs, num_items_in_batch
+        )
+        recorded = self._metrics["train" if self.model.training else "eval"]
+        for name, value in metrics.items():
+            recorded[name].append(value)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # num_items_in_batch counts the tokens of every rank, and DDP averages over ranks
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Evaluation gives the loss and the logged metrics; there are no logits to return."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs), None, None
+
+    def _loss(
+        self,
+        student: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        args: TDConfig = self.args
+        labels = inputs["labels"]
+        forwarded = {name: value for name, value in inputs.items() if name != "labels"}
+        tokens = labels[:, 1:]
+        keep, successor = response_rows(tokens, self._eos)
+        taken = tokens.reshape(-1)[keep]
+
+        def rows(model: nn.Module) -> Tensor:
+            with self.accelerator.autocast():
+                hidden = last_hidden_state(model, **forwarded)[:, :-1]
+            return hidden.reshape(-1, hidden.shape[-1])[keep]
+
+        hidden = rows(student)
+        head = lm_head(student)
+        items = max(1, taken.numel()) if num_items_in_batch is None else num_items_in_batch
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        metrics: dict[str, Tensor] = {}
+        if args.lm_weight:
+            lm_loss = lm_cross_entropy(hidden, head, taken) / items
+            loss = loss + args.lm_weight * lm_loss
+            metrics["lm_loss"] = lm_loss.detach()
+        if self.objective is not None:
+            assert self.teacher is not None
+            with torch.no_grad():
+                teacher_hidden = rows(self.teacher)
+            teacher = lm_head(self.accelerator.unwrap_model(self.teacher))
+            out = ops.linear_td_loss(
+                hidden,
+                head.weight,
+                taken,
+                teacher_hidden=teacher_hidden,
+                teacher_weight=teacher.weight,
+                objective=self.objective,
+                q=args.q_level,  # type: ignore[arg-type]
+                normaliser=args.normaliser,  # type: ignore[arg-type]
+                extra=args.batch_vocabulary_extra,
+                k=args.action_top_k,
+                top_p=args.action_top_p,
+                gamma=args.gamma,
+                successor=successor,
+                temperature=args.student_temperature,
+                teacher_temperature=args.teacher_temperature,
+                bias=head.bias,
+                softcap=head.softcap,
+                logit_scale=head.logit_scale,
+                teacher_bias=teacher.bias,
+                teacher_softcap=teacher.softcap,
+                teacher_logit_scale=teacher.logit_scale,
+                vocab_size=args.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+            loss = loss + out.loss
+            metrics.update(diagnostics(out, successor, args.q_level))
+        return loss, metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL averages what the steps recorded; here it leaves the device, once a log."""
+        recorded = self._metrics["train" if self.model.training else "eval"]
+        for name, values in recorded.items():
+            mean = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in values])
+            reduced = self.accelerator.reduce(mean.mean().to(self.accelerator.device), "mean")
+            recorded[name] = [reduced.item()]
+        super().log(logs, start_time)
+
+
+def response_rows(tokens: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:
+    """The rows that the head must see, and their successors among themselves.
+
+    Args:
+        tokens: taken tokens ``[B, T]``, -100 on rows that are no states. Packed sequences are kept
+            apart by the -100 that TRL puts at the first token of each.
+        eos: tokens that end a response.
+    Returns:
+        ``(keep, successor)``, int64 ``[N]``: flat positions, and for each the row of the next state
+        among the N, -1 or -2. Successors are found in the full layout, because two responses
+        become neighbours when the rows between them go.
+    """
+    state = (tokens != -100).reshape(-1)
+    keep = state.nonzero().squeeze(-1)
+    rank = state.cumsum(0) - 1
+    successor = ops.successors(tokens, eos_token_id=eos).reshape(-1)[keep]
+    if not keep.numel():
+        return keep, successor
+    return keep, torch.where(successor >= 0, rank[successor.clamp(min=0)], successor)
+
+
+def lm_cross_entropy(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
+    """Summed ``F.cross_entropy`` of the head's logits, without ``[N, V]`` logits in memory."""
+    if hasattr(F, "linear_cross_entropy") and head.softcap is None and tokens.numel():
+        weight, bias = head.weight, head.bias
+        scaled = hidden.to(weight.dtype) * head.logit_scale
+        if bias is not None:
+            bias = bias * head.logit_scale
+        return F.linear_cross_entropy(
+            scaled,
+            weight,
+            tokens,
+            linear_bias=bias,
+            reduction="sum",
+            options=nn.LinearCrossEntropyOptions(),
+        )
+    scale = {"softcap": head.softcap, "logit_scale": head.logit_scale}
+    log_z = ops.linear_logsumexp(hidden, head.weight, bias=head.bias, **scale)
+    q = ops.linear_gather_q(hidden, head.weight, tokens.unsqueeze(-1), bias=head.bias, **scale)
+    return (log_z - q.squeeze(-1)).sum()
+
+
+def diagnostics(out: ops.TDOutput, successor: Tensor, q_level: str) -> dict[str, Tensor]:
+    """Means over the rows of one micro-batch, left on the device."""
+    rows = max(1, out.q.numel())
+    known = (successor != -2).sum().clamp(min=1)
+    metrics = {
+        "td_error": out.td_error.detach().abs().sum() / known,
+        "q": out.q.detach().sum() / rows,
+        "value": out.value.detach().sum() / rows,
+        "set_size": out.actions.count.sum() / rows,
+        "teacher_mass": out.actions.mass.sum() / rows,
+    }
+    if q_level == "log_prob":
+        metrics["student_mass"] = out.value.detach().exp().sum() / rows
+    return metrics
