@@ -260,7 +260,7 @@ def td_target(
     target = _td_target.td_target(
         value.flatten(), successor.long().flatten(), reward.flatten(), gamma=gamma, lam=lam
     )
-    return target.view(value.shape)
+    return target.reshape(value.shape)
 
 
 def td_loss(
@@ -344,6 +344,8 @@ def td_loss(
     )
     student_logits = _columns("student_logits", student_logits, vocab_size)
     _tokens("tokens", tokens, lead, student_logits)
+    if check:
+        _tokens_fit(tokens, student_logits.shape[-1], ignore_index)
     scale = _scale("", temperature, softcap, logit_scale)
     actions = select_actions(
         teacher_logits,
@@ -357,8 +359,8 @@ def td_loss(
         check=check,
         impl=impl,
     )
-    flat = student_logits.reshape(-1, student_logits.shape[-1])
-    ids = actions.ids.view(-1, k)
+    flat = student_logits.reshape(tokens.numel(), student_logits.shape[-1])
+    ids = actions.ids.reshape(tokens.numel(), k)
     objective = IQLearn() if objective is None else objective
     if _needs_normaliser(objective, q):
         z, log_rest = _linear_rows.dense_rows(flat, ids, scale)
@@ -422,7 +424,7 @@ def linear_select_actions(
     if check:
         _usable("hidden", hidden)
     actions = _linear_select_actions.linear_select_actions(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, k, top_p, scale, include
+        hidden.reshape(lead.numel(), hidden.shape[-1]), weight, bias, k, top_p, scale, include
     )
     return ActionSet(*(column.view(*lead, *column.shape[1:]) for column in actions))
 
@@ -465,8 +467,9 @@ def linear_gather_q(
     _set_ids("ids", ids, hidden.shape[:-1], hidden)
     if check:
         _ids_below("ids", ids, weight.shape[0])
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    q = _linear_rows.linear_gather_q(flat, weight, bias, ids.reshape(-1, ids.shape[-1]), scale)
+    rows = ids.shape[:-1].numel()
+    flat = hidden.reshape(rows, hidden.shape[-1])
+    q = _linear_rows.linear_gather_q(flat, weight, bias, ids.reshape(rows, ids.shape[-1]), scale)
     return q.view(ids.shape)
 
 
@@ -508,7 +511,7 @@ def linear_logsumexp(
     weight, bias = _head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
     scale = _scale("", temperature, softcap, logit_scale)
     lead = hidden.shape[:-1]
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat = hidden.reshape(lead.numel(), hidden.shape[-1])
     nothing = torch.empty((flat.shape[0], 0), dtype=torch.int64, device=hidden.device)
     return _linear_rows.linear_rows(flat, weight, bias, nothing, scale, vocabulary).log_rest.view(
         lead
@@ -619,7 +622,7 @@ def linear_td_loss(
     scale = _scale("", temperature, softcap, logit_scale)
     include = torch.where(tokens == ignore_index, -1, tokens)
     if check:
-        _ids_below("tokens", include, weight.shape[0])
+        _tokens_fit(tokens, weight.shape[0], ignore_index)
 
     if (teacher_hidden is None) != (teacher_weight is None) or (teacher_hidden is None) == (
         actions is None
@@ -669,8 +672,8 @@ def linear_td_loss(
         if check:
             _ids_below("actions", actions.ids, weight.shape[0])
 
-    flat = student_hidden.reshape(-1, student_hidden.shape[-1])
-    ids = actions.ids.reshape(-1, actions.ids.shape[-1])
+    flat = student_hidden.reshape(tokens.numel(), student_hidden.shape[-1])
+    ids = actions.ids.reshape(tokens.numel(), actions.ids.shape[-1])
     objective = IQLearn() if objective is None else objective
     if _needs_normaliser(objective, q):
         if normaliser == "batch" and vocabulary is None:
@@ -727,8 +730,8 @@ def _td_output(
     _successor(successor, lead, tokens)
 
     taken = tokens.reshape(-1).long()
-    ids = actions.ids.reshape(taken.shape[0], -1)
-    here = ids == taken.unsqueeze(-1)
+    ids = actions.ids.reshape(taken.shape[0], actions.ids.shape[-1])
+    here = (ids == taken.unsqueeze(-1)) & (ids >= 0)
     state = (taken != ignore_index) & here.any(-1)
     # a successor that is no state has no value to offer
     successor = successor.reshape(-1).long()
@@ -937,6 +940,15 @@ def _ids_below(name: str, ids: Tensor, vocab: int) -> None:
     if ids.numel() and int(ids.max()) >= vocab:
         raise ValueError(
             f"{name}: expected ids below the vocabulary's size {vocab}, got {int(ids.max())}"
+        )
+
+
+def _tokens_fit(tokens: Tensor, vocab: int, ignore_index: int) -> None:
+    wrong = (tokens != ignore_index) & ((tokens < 0) | (tokens >= vocab))
+    if bool(wrong.any()):
+        raise ValueError(
+            f"tokens: expected ids from 0 to {vocab - 1}, or {ignore_index}, got "
+            f"{int(tokens[wrong][0])}"
         )
 
 

@@ -128,9 +128,10 @@ class TDConfig(SFTConfig):
                 raise UserError(f"{name}: expected a number {expected}, got {getattr(self, name)}")
         if self.objective() is None and self.lm_weight == 0:
             raise UserError(
-                "lm_weight: expected a number > 0 where td_weight and the imitation term are 0, got 0"
+                "lm_weight: expected a number > 0 where td_weight and the imitation term are 0, "
+                "got 0"
             )
-        if self.bf16 is None and not torch.accelerator.is_available():
+        if self.bf16 is None and not torch.accelerator.is_available():  # type: ignore[has-type]
             self.bf16 = False
         super().__post_init__()
 
@@ -159,7 +160,7 @@ class TDTrainer(SFTTrainer):
 
     Args:
         model: the student, or its directory.
-        teacher_model: the teacher, or its directory; None takes ``args.teacher_model_name_or_path``.
+        teacher_model: the teacher, or its directory; None takes the one that ``args`` name.
         args: a :class:`TDConfig`.
         objective: any objective of :mod:`tdkd.objectives` or a function of ``Rows``, in place of
             the one that ``args`` describe.
@@ -192,17 +193,18 @@ class TDTrainer(SFTTrainer):
             self.teacher = self._prepared_teacher(teacher_model, lm_head(student), args)
 
     def _prepared_teacher(
-        self, teacher: str | PreTrainedModel | None, student: Head, args: TDConfig
+        self, given: str | PreTrainedModel | None, student: Head, args: TDConfig
     ) -> nn.Module:
-        teacher = args.teacher_model_name_or_path if teacher is None else teacher
-        if teacher is None:
+        given = args.teacher_model_name_or_path if given is None else given
+        if given is None:
             raise UserError(
                 "teacher_model: expected a teacher for this objective, got none; "
                 "set teacher_model_name_or_path"
             )
-        if isinstance(teacher, str):
+        teacher: PreTrainedModel = given
+        if isinstance(given, str):
             teacher = load_model(
-                teacher, dtype=student.weight.dtype, argument="teacher_model_name_or_path"
+                given, dtype=student.weight.dtype, argument="teacher_model_name_or_path"
             )
         sizes = student.weight.shape[0], lm_head(teacher).weight.shape[0]
         if sizes[0] != sizes[1] and args.vocab_size is None:
@@ -358,7 +360,7 @@ def lm_cross_entropy(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
             reduction="sum",
             options=nn.LinearCrossEntropyOptions(),
         )
-    scale = {"softcap": head.softcap, "logit_scale": head.logit_scale}
+    scale: dict[str, Any] = {"softcap": head.softcap, "logit_scale": head.logit_scale}
     log_z = ops.linear_logsumexp(hidden, head.weight, bias=head.bias, **scale)
     q = ops.linear_gather_q(hidden, head.weight, tokens.unsqueeze(-1), bias=head.bias, **scale)
     return (log_z - q.squeeze(-1)).sum()

@@ -647,7 +647,7 @@ REFUSED = {
     ),
     "tokens_range": (
         lambda: ops.td_loss(torch.zeros(2, 5), torch.zeros(2, 5), ids(2) + 9, check=True),
-        "include: expected ids below the vocabulary's size 5, got 9",
+        "tokens: expected ids from 0 to 4, or -100, got 9",
     ),
     "q": (
         lambda: ops.td_loss(torch.zeros(2, 5), torch.zeros(2, 5), ids(2), q="raw"),

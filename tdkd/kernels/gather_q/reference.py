@@ -12,7 +12,9 @@ def scaled(logits: Tensor, scale: Scale) -> Tensor:
     if scale.logit_scale != 1.0:
         logits = logits * scale.logit_scale
     if scale.softcap is not None:
-        logits = scale.softcap * torch.tanh(logits / scale.softcap)
+        capped = scale.softcap * torch.tanh(logits / scale.softcap)
+        # a masked column stays masked
+        logits = torch.where(logits == -torch.inf, -torch.inf, capped)
     return logits / scale.temperature if scale.temperature != 1.0 else logits
 
 

@@ -71,7 +71,8 @@ def select_actions(
         ids = torch.where(here, taken, ids)
         log_probs = torch.where(here, taken_log_prob, log_probs)
         count = torch.where(missing.squeeze(-1), (count + 1).clamp(max=k), count)
-    return ActionSet(ids.to(torch.int32), log_probs, count.to(torch.int32))
+    ids, count = ids.to(torch.int32), count.to(torch.int32)
+    return ActionSet(ids.contiguous(), log_probs.contiguous(), count.contiguous())
 
 
 def _empty(logits: Tensor, k: int) -> ActionSet:

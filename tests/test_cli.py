@@ -1,0 +1,144 @@
+"""The command: what it refuses, what works without the extras, what info says."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tdkd.cli import main
+
+
+def call(monkeypatch, capsys, *args):
+    """Exit code and stderr of ``tdkd args`` in this process."""
+    monkeypatch.setattr(sys, "argv", ["tdkd", *map(str, args)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code or 0, capsys.readouterr().err
+
+
+def one_line(error):
+    assert "Traceback" not in error
+    (line,) = error.strip().splitlines()
+    assert line.startswith("tdkd: ")
+    return line
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    "args,names",
+    [
+        (["no-such-command"], "no-such-command"),
+        (["generate", "--no-such-option"], "--no-such-option"),
+        (["generate", "--output", "x"], "--model"),
+        (["generate", "--model", "m", "--output", "x", "--seed", "s"], "--seed"),
+        (["evaluate", "--model", "m"], "--teacher"),
+        (["generate", "--model", "nowhere", "--output", "x"], "model: expected"),
+        (["generate", "--model", "m", "--output", "x", "--batch-size", "0"], "batch-size"),
+        (["generate", "--model", "m", "--output", "x", "--max-new-tokens", "0"], "max-new-tokens"),
+        (["generate", "--model", "m", "--output", "x", "--top-k", "0"], "top-k"),
+        (["generate", "--model", "m", "--output", "x", "--temperature", "-1"], "temperature"),
+        (["generate", "--model", "m", "--output", "x", "--prompts", "nowhere"], "prompts: exp"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    monkeypatch, capsys, tmp_path, args, names
+):
+    monkeypatch.chdir(tmp_path)
+    code, error = call(monkeypatch, capsys, *args)
+    assert code == 2
+    assert names in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "content,says",
+    [
+        ("", "at least one record"),
+        ("{\n", "JSON on line 1"),
+        ('{"prompt": "a", "completion": "b"}\n[1]\n', "line 2"),
+        ('{"question": "a"}\n', '"prompt"'),
+        ('{"prompt": "a"}\n', '"completion" or "references"'),
+    ],
+)
+def test_broken_data_is_one_line(
+    monkeypatch, capsys, tmp_path, tiny_teacher, tiny_student, content, says
+):
+    path = tmp_path / "data.jsonl"
+    path.write_text(content)
+    code, error = call(
+        monkeypatch, capsys, "evaluate", "--model", tiny_student, "--teacher", tiny_teacher,
+        "--data", path, "--output", tmp_path / "out.json",
+    )  # fmt: skip
+    assert code == 2
+    assert says in one_line(error)
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("which", ["model", "teacher", "data"])
+def test_evaluate_names_the_path_that_is_missing(
+    monkeypatch, capsys, tmp_path, tiny_teacher, tiny_student, data, which
+):
+    paths = {"model": tiny_student, "teacher": tiny_teacher, "data": data, which: "nowhere"}
+    options = [part for name, path in paths.items() for part in (f"--{name}", path)]
+    code, error = call(
+        monkeypatch, capsys, "evaluate", *options, "--output", tmp_path / "out.json"
+    )
+    assert code == 2
+    assert f"{which}: expected" in one_line(error)
+
+
+def test_info_names_versions_and_implementations(monkeypatch, capsys):
+    import torch
+
+    import tdkd
+
+    monkeypatch.setattr(sys, "argv", ["tdkd", "info"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out = capsys.readouterr().out
+    assert not stop.value.code
+    for word in (tdkd.__version__, torch.__version__, "transformers", "reference"):
+        assert word in out
+
+
+BLOCKED = """
+import sys
+for name in ("transformers", "trl", "datasets", "rouge_score", "peft"):
+    sys.modules[name] = None
+sys.argv = ["tdkd", *sys.argv[1:]]
+from tdkd.cli import main
+main()
+"""
+
+
+def without_extras(*args):
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED, *map(str, args)], capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("args", [["--help"], ["info"], ["generate", "--help"]])
+def test_help_and_info_work_without_the_extras(args):
+    done = without_extras(*args)
+    assert done.returncode == 0, done.stderr
+    assert "tdkd" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate", "--model", "m", "--output", "x"],
+        ["evaluate", "--model", "m", "--teacher", "t", "--data", "d", "--output", "x"],
+        ["distill", "config.yaml"],
+    ],
+)
+def test_a_missing_extra_names_the_command_that_installs_it(args):
+    done = without_extras(*args)
+    assert done.returncode == 2
+    assert 'pip install "tdkd[train]"' in one_line(done.stderr)

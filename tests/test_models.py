@@ -1,0 +1,208 @@
+"""Loading with clear errors, the head, the backbone, the pruned student."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tdkd.errors import UserError
+from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer, prune_layers
+
+transformers = pytest.importorskip("transformers")
+
+
+def small(kind, **options):
+    """A random model of another family."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2}
+    wide = {"intermediate_size": 32, "num_key_value_heads": 1}
+    config, model = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+        "cohere": (transformers.CohereConfig, transformers.CohereForCausalLM),
+        "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM),
+        "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+    }[kind]
+    if kind == "gpt2":
+        wide = {}
+    if kind == "gemma2":
+        wide["head_dim"] = 8
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return model(config(**shape, **wide, **special, **options)).eval()
+
+
+def test_load_model_reads_what_was_saved(tiny_teacher):
+    model = load_model(tiny_teacher, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+
+
+def copied(source, tmp_path):
+    target = tmp_path / "model"
+    shutil.copytree(source, target)
+    return target
+
+
+def test_a_missing_directory_is_refused(tmp_path):
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(UserError, match="teacher: expected a model directory.*does not exist"):
+            load(tmp_path / "nowhere", argument="teacher")
+
+
+def test_a_file_is_refused(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("x")
+    with pytest.raises(UserError, match="got the file"):
+        load_model(path)
+
+
+def test_a_directory_without_config_is_refused(tmp_path):
+    with pytest.raises(UserError, match="config.json"):
+        load_model(tmp_path)
+
+
+def spoil_config(path):
+    (path / "config.json").write_text("{")
+
+
+def change_architecture(path):
+    (path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
+
+
+def remove_weights(path):
+    (path / "model.safetensors").unlink()
+
+
+def pickle_weights(path):
+    remove_weights(path)
+    torch.save({}, path / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoil_config, change_architecture, remove_weights, pickle_weights]
+)
+def test_a_spoilt_model_is_one_line(tiny_teacher, tmp_path, spoil):
+    path = copied(tiny_teacher, tmp_path)
+    spoil(path)
+    with pytest.raises(UserError, match="^model: expected ") as error:
+        load_model(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_without_a_template_is_refused_where_one_is_needed(tiny_teacher, tmp_path):
+    path = copied(tiny_teacher, tmp_path)
+    (path / "chat_template.jinja").unlink()
+    assert load_tokenizer(path).chat_template is None
+    with pytest.raises(UserError, match="chat template"):
+        load_tokenizer(path, chat=True)
+
+
+@pytest.mark.parametrize(
+    "kind,options",
+    [
+        ("llama", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("gemma2", {"final_logit_softcapping": 0.5}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("gpt2", {}),
+    ],
+)
+def test_the_head_on_the_hidden_state_gives_the_logits(kind, options):
+    model = small(kind, **options)
+    ids = torch.arange(3, 15).reshape(2, 6)
+    head = lm_head(model)
+    with torch.no_grad():
+        hidden = last_hidden_state(model, input_ids=ids)
+        logits = torch.nn.functional.linear(hidden, head.weight, head.bias) * head.logit_scale
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        torch.testing.assert_close(logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "name,value,scale",
+    [
+        ("output_multiplier", 3.0, 3.0),
+        ("lm_head_multiplier", 0.5, 0.5),
+        ("logits_scaling", 4.0, 0.25),
+        ("logit_scale", 0.0, 0.0),
+        ("logit_scale", None, 1.0),
+    ],
+)
+def test_every_name_of_a_logit_scale(name, value, scale):
+    model = small("llama")
+    setattr(model.config, name, value)
+    assert lm_head(model).logit_scale == scale
+
+
+def test_hyperclovax_multiplies_by_logits_scaling():
+    model = small("llama")
+    model.config.logits_scaling = 4.0
+    model.config.model_type = "hyperclovax"
+    assert lm_head(model).logit_scale == 4.0
+
+
+def test_last_hidden_state_of_a_peft_model_runs_the_adapter(tiny_student):
+    peft = pytest.importorskip("peft")
+    plain = load_model(tiny_student)
+    ids = torch.arange(10, 20)[None]
+    before = last_hidden_state(plain, input_ids=ids)
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(plain, config).eval()
+    after = last_hidden_state(wrapped, input_ids=ids)
+    assert not torch.allclose(before, after)
+    head = lm_head(wrapped)
+    torch.testing.assert_close(after @ head.weight.T, wrapped(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gpt2"])
+def test_prune_keeps_evenly_spaced_layers(kind, tmp_path):
+    model = small(kind)
+    student = prune_layers(model, 3)
+    assert student.config.num_hidden_layers == 3
+    (old,), (new,) = (
+        [c for c in m.base_model.children() if isinstance(c, torch.nn.ModuleList)]
+        for m in (model, student)
+    )
+    for block, kept in zip(new, (0, 2, 4), strict=True):
+        for name, weight in block.state_dict().items():
+            torch.testing.assert_close(weight, old[kept].state_dict()[name], rtol=0, atol=0)
+    if getattr(model.config, "layer_types", None) is not None:
+        assert student.config.layer_types == [model.config.layer_types[i] for i in (0, 2, 4)]
+    # a copy, not a view
+    with torch.no_grad():
+        next(student.parameters()).zero_()
+    assert next(model.parameters()).any()
+    student = prune_layers(model, 3)
+    student.save_pretrained(tmp_path)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path)(ids).logits, student(ids).logits)
+
+
+def test_a_pruned_student_with_every_layer_is_the_teacher(tiny_teacher):
+    model = load_model(tiny_teacher)
+    ids = torch.arange(10, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(prune_layers(model, 4)(ids).logits, model(ids).logits)
+
+
+def test_a_tied_head_stays_tied(tiny_teacher):
+    student = prune_layers(load_model(tiny_teacher), 2)
+    assert lm_head(student).weight is student.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("layers", [0, 5])
+def test_prune_refuses_a_number_of_layers_that_is_not_there(tiny_teacher, layers):
+    with pytest.raises(UserError, match=f"layers: expected 1 to 4.*got {layers}"):
+        prune_layers(load_model(tiny_teacher), layers)
+
+
+def test_prune_refuses_a_model_whose_layers_it_cannot_find(tiny_teacher):
+    model = load_model(tiny_teacher)
+    model.config.num_hidden_layers = 7
+    with pytest.raises(UserError, match="expected one list of 7 layers in LlamaModel, got 0"):
+        prune_layers(model, 2)

@@ -1,0 +1,390 @@
+"""TDTrainer: losses against plain PyTorch loops, accumulation, layouts, resume, LoRA, DDP."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tdkd import ops
+from tdkd.errors import UserError
+from tdkd.models import lm_head, load_model, load_tokenizer
+from tdkd.objectives import ForwardKL, IQLearn
+from tdkd.trainer import TDConfig, TDTrainer, lm_cross_entropy, response_rows
+
+datasets = pytest.importorskip("datasets")
+
+WORDS = ["one two", "red", "a b c d e", "why?", "north by east", "0123", "tick tock", "zig"]
+
+
+def conversations(n=8):
+    return datasets.Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": WORDS[i % len(WORDS)]}],
+                "completion": [{"role": "assistant", "content": WORDS[(3 * i + 1) % len(WORDS)]}],
+            }
+            for i in range(n)
+        ]
+    )
+
+
+def config(path, **options):
+    defaults = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "normaliser": "exact",
+        "action_top_k": 8,
+        "action_top_p": 0.9,
+        "seed": 0,
+        "optim": "sgd",
+    }
+    return TDConfig(output_dir=str(path), **{**defaults, **options})
+
+
+def trainer(tmp_path, teacher, student, data=None, objective=None, peft_config=None, **options):
+    return TDTrainer(
+        load_model(student),
+        None if teacher is None else str(teacher),
+        config(tmp_path, **options),
+        train_dataset=conversations() if data is None else data,
+        processing_class=load_tokenizer(student),
+        objective=objective,
+        peft_config=peft_config,
+    )
+
+
+def losses(run):
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+class Batches:
+    """Remembers the micro-batches that a trainer saw."""
+
+    def __init__(self, run):
+        self.seen = []
+        inner = run.compute_loss
+
+        def recording(model, inputs, *args, **kwargs):
+            self.seen.append(
+                {name: value.clone() for name, value in inputs.items() if hasattr(value, "clone")}
+            )
+            return inner(model, inputs, *args, **kwargs)
+
+        run.compute_loss = recording
+
+
+def plain_loss(student, teacher, batch, eos):
+    """The default objective from full logits, by the formulas of the paper, row by row."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    z = student(**inputs).logits[:, :-1].double().log_softmax(-1)
+    with torch.no_grad():
+        t = teacher(**inputs).logits[:, :-1].double().log_softmax(-1)
+    tokens = batch["labels"][:, 1:]
+    kls, sets, values = [], {}, {}
+    for b, i in (tokens != -100).nonzero().tolist():
+        order = sorted(range(t.shape[-1]), key=lambda a: (-t[b, i, a].item(), a))
+        members, mass = [], 0.0
+        for a in order[:8]:
+            members.append(a)
+            mass += math.exp(t[b, i, a].item())
+            if mass >= 0.9:
+                break
+        token = tokens[b, i].item()
+        if token not in members:
+            members = members[:7] + [token] if len(members) == 8 else [*members, token]
+        p, q = t[b, i, members], z[b, i, members]
+        p_rest, q_rest = 1 - p.exp().sum(), 1 - q.exp().sum()
+        kls.append((p.exp() * (p - q)).sum() + p_rest * (p_rest.log() - q_rest.log()))
+        values[b, i] = q.logsumexp(0)
+        sets[b, i] = token
+    iq = []
+    for (b, i), token in sets.items():
+        if token == eos:
+            future = 0.0
+        elif (b, i + 1) in values:
+            future = 0.99 * values[b, i + 1].detach()
+        else:
+            continue
+        delta = z[b, i, token] - future
+        iq.append(values[b, i] - future - (delta - delta**2 / 4))
+    return (sum(kls) + 0.1 * sum(iq)) / len(kls)
+
+
+def test_two_steps_match_a_plain_loop(tmp_path, tiny_teacher, tiny_student):
+    run = trainer(tmp_path, tiny_teacher, tiny_student)
+    batches = Batches(run)
+    run.train()
+    student, teacher = load_model(tiny_student).double(), load_model(tiny_teacher).double()
+    optimiser = torch.optim.SGD(student.parameters(), lr=1e-2)
+    eos = load_tokenizer(tiny_student).eos_token_id
+    expected = []
+    for batch in batches.seen:
+        loss = plain_loss(student, teacher, batch, eos)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        expected.append(loss.item())
+    assert len(expected) == 2
+    assert losses(run) == pytest.approx(expected, rel=1e-4)
+    for got, wanted in zip(run.model.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(got.detach().double(), wanted.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_logs_what_td_needs(tmp_path, tiny_teacher, tiny_student):
+    run = trainer(tmp_path, tiny_teacher, tiny_student, lm_weight=0.5)
+    run.train()
+    entry = run.state.log_history[0]
+    for name in ("td_error", "q", "value", "set_size", "teacher_mass", "student_mass", "lm_loss"):
+        assert math.isfinite(entry[name])
+    assert 1 <= entry["set_size"] <= 8
+    assert 0 < entry["student_mass"] <= 1
+    json.dumps(run.state.log_history)
+
+
+@pytest.mark.parametrize("normaliser", ["exact", "batch"])
+def test_accumulation_is_one_batch(tmp_path, tiny_teacher, tiny_student, normaliser):
+    """1 x 8 and 8 x 1 give the same parameters after a step; the batch vocabulary holds all."""
+    steps = []
+    for size, accumulate in ((8, 1), (1, 8)):
+        run = trainer(
+            tmp_path,
+            tiny_teacher,
+            tiny_student,
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulate,
+            lm_weight=0.3,
+            normaliser=normaliser,
+            batch_vocabulary_extra=1000,
+        )
+        run.train()
+        steps.append([p.detach().clone() for p in run.model.parameters()])
+    for whole, parts in zip(*steps, strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
+
+
+def test_packing_padding_free_and_padding_agree(tmp_path, tiny_teacher, tiny_student):
+    results = {}
+    layouts = {
+        "padded": {},
+        "padding_free": {"padding_free": True, "max_length": None},
+        "packed": {"packing": True, "max_length": 512, "per_device_train_batch_size": 1},
+    }
+    for name, options in layouts.items():
+        options = {"per_device_train_batch_size": 8, "max_steps": 1, **options}
+        run = trainer(tmp_path, tiny_teacher, tiny_student, lm_weight=0.2, **options)
+        run.train()
+        results[name] = losses(run)[0], [p.detach().clone() for p in run.model.parameters()]
+    for name in ("padding_free", "packed"):
+        assert results[name][0] == pytest.approx(results["padded"][0], rel=1e-4)
+        for got, expected in zip(results[name][1], results["padded"][1], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_response_rows_keep_responses_apart():
+    tokens = torch.tensor([[-100, 5, 2, -100, 7, 8], [9, -100, -100, 4, 2, -100]])
+    keep, successor = response_rows(tokens, [2])
+    assert keep.tolist() == [1, 2, 4, 5, 6, 9, 10]
+    assert successor.tolist() == [1, -1, 3, -2, -2, 6, -1]
+    nothing, none = response_rows(torch.full((2, 3), -100), [2])
+    assert nothing.numel() == none.numel() == 0
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_lm_cross_entropy_is_cross_entropy_of_the_head(softcap):
+    torch.manual_seed(0)
+    hidden = torch.randn(6, 4, requires_grad=True)
+    weight = torch.randn(11, 4, requires_grad=True)
+    bias = torch.randn(11)
+    tokens = torch.randint(11, (6,))
+    from tdkd.models import Head
+
+    loss = lm_cross_entropy(hidden, Head(weight, bias, softcap, 0.5), tokens)
+    z = (hidden @ weight.T + bias) * 0.5
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    expected = F.cross_entropy(z, tokens, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    for got, wanted in zip(
+        torch.autograd.grad(loss, (hidden, weight)),
+        torch.autograd.grad(expected, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_resume_ends_where_an_undisturbed_run_ends(tmp_path, tiny_teacher, tiny_student):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    options["per_device_train_batch_size"] = 2
+    whole = trainer(tmp_path / "whole", tiny_teacher, tiny_student, **options)
+    whole.train()
+    again = trainer(tmp_path / "again", tiny_teacher, tiny_student, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(again)[2:] == pytest.approx(losses(whole)[2:], rel=1e-5)
+    for got, expected in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_lora_trains_adapters_alone(tmp_path, tiny_teacher, tiny_student):
+    peft = pytest.importorskip("peft")
+    run = trainer(
+        tmp_path,
+        tiny_teacher,
+        tiny_student,
+        peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"]),
+        max_steps=20,
+        optim="adamw_torch",
+        per_device_train_batch_size=8,
+    )
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    run.train()
+    for name, parameter in run.model.named_parameters():
+        changed = not torch.equal(parameter, before[name])
+        assert changed == ("lora_" in name), name
+    assert losses(run)[-1] < losses(run)[0]
+
+
+def test_warm_start_needs_no_teacher_and_is_sft(tmp_path, tiny_student):
+    from trl import SFTConfig, SFTTrainer
+
+    options = {"imitation": "none", "td_weight": 0.0, "lm_weight": 1.0}
+    run = trainer(tmp_path, None, tiny_student, **options)
+    assert run.teacher is None
+    run.train()
+    shared = {
+        name: getattr(run.args, name)
+        for name in (
+            "max_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type",
+            "max_grad_norm", "logging_steps", "gradient_checkpointing", "use_cpu", "seed", "optim",
+            "disable_tqdm", "bf16",
+        )
+    }  # fmt: skip
+    sft = SFTTrainer(
+        load_model(tiny_student),
+        SFTConfig(output_dir=str(tmp_path), save_strategy="no", report_to="none", **shared),
+        train_dataset=conversations(),
+        processing_class=load_tokenizer(tiny_student),
+    )
+    sft.train()
+    assert losses(run) == pytest.approx(losses(sft), rel=1e-4)
+
+
+def test_a_users_objective_and_evaluation(tmp_path, tiny_teacher, tiny_student):
+    run = trainer(tmp_path, tiny_teacher, tiny_student, objective=ForwardKL(tail=True))
+    run.train()
+    evaluated = run.evaluate(conversations(4))
+    assert math.isfinite(evaluated["eval_loss"])
+    assert evaluated["eval_loss"] > 0
+    with pytest.raises(NotImplementedError, match="return_outputs"):
+        run.compute_loss(run.model, {}, return_outputs=True)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, tiny_teacher, tiny_student):
+    plain = trainer(tmp_path, tiny_teacher, tiny_student)
+    plain.train()
+    checkpointed = trainer(tmp_path, tiny_teacher, tiny_student, gradient_checkpointing=True)
+    checkpointed.train()
+    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_a_batch_without_responses_is_a_zero(tmp_path, tiny_teacher, tiny_student):
+    run = trainer(tmp_path, tiny_teacher, tiny_student)
+    inputs = {
+        "input_ids": torch.ones(2, 5, dtype=torch.int64),
+        "attention_mask": torch.ones(2, 5, dtype=torch.int64),
+        "labels": torch.full((2, 5), -100),
+    }
+    loss = run.compute_loss(run.model, inputs, num_items_in_batch=torch.tensor(7))
+    loss.backward()
+    assert loss.item() == 0
+    assert all((p.grad is None or (p.grad == 0).all()) for p in run.model.parameters())
+
+
+REFUSED = {
+    "q_level": ("value", "q_level: expected one of log_prob, logit, got 'value'"),
+    "normaliser": ("none", "normaliser: expected one of exact, batch, got 'none'"),
+    "imitation": ("kl", "imitation: expected one of forward_kl, .*got 'kl'"),
+    "td_phi": ("x", "td_phi: .*got 'x'"),
+    "action_top_k": (0, "action_top_k: expected a number >= 1, got 0"),
+    "action_top_p": (1.5, r"action_top_p: expected a number in \(0, 1\], got 1.5"),
+    "gamma": (-1, r"gamma: expected a number in \[0, 1\], got -1"),
+    "td_alpha": (0, "td_alpha: expected a number > 0, got 0"),
+    "td_weight": (-0.1, "td_weight: expected a number >= 0, got -0.1"),
+    "teacher_temperature": (0, "teacher_temperature: expected a number > 0, got 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_fields_are_named(tmp_path, name):
+    value, message = REFUSED[name]
+    with pytest.raises(UserError, match=message):
+        TDConfig(output_dir=str(tmp_path), **{name: value})
+
+
+def test_nothing_to_learn_is_refused(tmp_path):
+    with pytest.raises(UserError, match="lm_weight: expected a number > 0"):
+        TDConfig(output_dir=str(tmp_path), imitation="none", td_weight=0.0)
+
+
+def test_missing_teacher_and_other_vocabulary_are_refused(tmp_path, tiny_teacher, tiny_student):
+    with pytest.raises(UserError, match="teacher_model: expected a teacher"):
+        trainer(tmp_path, None, tiny_student)
+    teacher = load_model(tiny_teacher)
+    teacher.resize_token_embeddings(300)
+    with pytest.raises(UserError, match="student's vocabulary of 264, got 300"):
+        TDTrainer(
+            load_model(tiny_student),
+            teacher,
+            config(tmp_path),
+            train_dataset=conversations(),
+            processing_class=load_tokenizer(tiny_student),
+        )
+
+
+def _ddp_worker(rank, world, port, folder, teacher, student):
+    import os
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    run = trainer(folder, teacher, student, per_device_train_batch_size=8 // world, max_steps=1)
+    run.train()
+    if rank == 0:
+        torch.save([p.detach() for p in run.model.parameters()], folder / f"world{world}.pt")
+
+
+def test_two_processes_equal_one(tmp_path, tiny_teacher, tiny_student):
+    import socket
+
+    import torch.multiprocessing as mp
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_ddp_worker, (2, port, tmp_path, tiny_teacher, tiny_student), nprocs=2)
+    run = trainer(tmp_path, tiny_teacher, tiny_student, per_device_train_batch_size=8, max_steps=1)
+    run.train()
+    shared = torch.load(tmp_path / "world2.pt")
+    for got, expected in zip(shared, run.model.parameters(), strict=True):
+        torch.testing.assert_close(got, expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_objective_of_the_config(tmp_path):
+    objective = config(tmp_path).objective()
+    expected = 1.0 * ForwardKL(tail=True) + 0.1 * IQLearn(alpha=1.0, stop_gradient="next")
+    assert repr(objective) == repr(expected)
+    assert ops.Level  # the field's choices are the op's
+    assert lm_head  # imported for users of the trainer
