@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +18,9 @@ from transformers import (
 )
 
 from tdkd.errors import UserError
+
+# what transformers raises on a directory that it cannot make sense of
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError)
 
 
 class Head(NamedTuple):
@@ -55,14 +59,33 @@ def load_model(
         UserError: the directory is missing, is no model, or cannot be read.
     """
     path = check_model_path(path, argument)
+    check_device(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (*UNREADABLE, SafetensorError) as error:
         raise UserError(
             f"{argument}: expected a causal language model with safetensors weights in {path}, got "
             f"{_first_line(error)}"
         ) from error
+    if report["missing_keys"]:
+        # transformers would go on with random weights in their place
+        raise UserError(
+            f"{argument}: expected weights for every parameter in {path}, got none for "
+            f"{min(report['missing_keys'])}"
+        )
     return model.to(device).eval()
+
+
+def check_device(device: str | torch.device) -> None:
+    """Refuses, in one line, a device that torch does not know or that is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device: expected one that torch can use, such as cpu or cuda, got {device}"
+        ) from error
 
 
 def load_tokenizer(
@@ -76,7 +99,7 @@ def load_tokenizer(
     path = check_model_path(path, argument)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except UNREADABLE as error:
         raise UserError(
             f"{argument}: expected a tokenizer in {path}, got {_first_line(error)}"
         ) from error

@@ -37,24 +37,71 @@ def read(path: str | Path, argument: str = "data") -> list[Record]:
     if not path.is_file():
         raise UserError(f"{argument}: expected a JSONL file, got {path}, which is no file")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # not splitlines: text may hold line separators of Unicode
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{argument}: expected JSON on line {number} of {path}, got {error}"
             ) from error
         if not isinstance(record, dict) or "prompt" not in record:
             raise UserError(
                 f'{argument}: expected an object with "prompt" on line {number} of {path}, got '
-                f"{line[:60]!r}"
+                f"{line[:60].decode(errors='replace')!r}"
+            )
+        for name in ("prompt", "completion"):
+            if not _is_text(record.get(name, "")):
+                raise UserError(
+                    f"{argument}: expected {name} to be a string or chat messages with role and "
+                    f"content on line {number} of {path}, got {str(record[name])[:60]!r}"
+                )
+        references = record.get("references", [])
+        if not isinstance(references, list) or not all(isinstance(r, str) for r in references):
+            raise UserError(
+                f"{argument}: expected references to be a list of strings on line {number} of "
+                f"{path}, got {str(references)[:60]!r}"
             )
         records.append(record)
     if not records:
         raise UserError(f"{argument}: expected at least one record in {path}, got none")
     return records
+
+
+def _is_text(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(
+            isinstance(m, dict)
+            and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str)
+            for m in value
+        )
+    )
+
+
+def check_output(path: Path) -> None:
+    """Makes the directory of a file to be written, or says in one line why it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output: expected a file to write, got {path}: {error.strerror}"
+        ) from error
+    if path.is_dir():
+        raise UserError(f"output: expected a file to write, got the directory {path}")
+
+
+def check_at_least(least: float, **options: float | None) -> None:
+    """Refuses options of a command below ``least``; ``None`` stands for no limit."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise UserError(f"{name.replace('_', '-')}: expected a number >= {least}, got {value}")
 
 
 def append(path: Path, records: Iterable[Record]) -> None:

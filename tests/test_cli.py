@@ -64,13 +64,19 @@ def test_wrong_input_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, 
         ('{"prompt": "a", "completion": "b"}\n[1]\n', "line 2"),
         ('{"question": "a"}\n', '"prompt"'),
         ('{"prompt": "a"}\n', '"completion" or "references"'),
+        ('{"prompt": 5}\n', "expected prompt to be a string or chat messages"),
+        ('{"prompt": []}\n', "expected prompt to be a string or chat messages"),
+        ('{"prompt": [{"content": "a"}]}\n', "expected prompt to be a string or chat messages"),
+        ('{"prompt": "a", "completion": []}\n', "expected completion to be"),
+        ('{"prompt": "a", "references": "b"}\n', "expected references to be a list"),
+        ("\udcff\n", "JSON on line 1"),
     ],
 )
 def test_broken_data_is_one_line(
     monkeypatch, capsys, tmp_path, tiny_teacher, tiny_student, content, says
 ):
     path = tmp_path / "data.jsonl"
-    path.write_text(content)
+    path.write_bytes(content.encode(errors="surrogateescape"))
     code, error = call(
         monkeypatch, capsys, "evaluate", "--model", tiny_student, "--teacher", tiny_teacher,
         "--data", path, "--output", tmp_path / "out.json",
@@ -78,6 +84,32 @@ def test_broken_data_is_one_line(
     assert code == 2
     assert says in one_line(error)
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    "option,value",
+    [
+        ("batch-size", "0"),
+        ("max-new-tokens", "0"),
+        ("max-examples", "0"),
+        ("max-length", "0"),
+        ("temperature", "-1"),
+        ("samples", "-1"),
+        ("device", "no-such-device"),
+        ("output", "."),
+        ("output", "data.jsonl/out.json"),
+    ],
+)
+def test_evaluate_refuses_options_out_of_range(
+    monkeypatch, capsys, tmp_path, tiny_teacher, tiny_student, data, option, value
+):
+    monkeypatch.chdir(tmp_path)
+    options = {"model": tiny_student, "teacher": tiny_teacher, "data": data, "output": "out.json"}
+    options[option] = value
+    args = [part for name, given in options.items() for part in (f"--{name}", given)]
+    code, error = call(monkeypatch, capsys, "evaluate", *args)
+    assert code == 2
+    assert f"tdkd: {option}: expected" in one_line(error)
 
 
 @pytest.mark.parametrize("which", ["model", "teacher", "data"])

@@ -1,18 +1,16 @@
 """tdkd evaluate: every number against a plain dense computation."""
 
-import importlib
 import json
 import math
 
 import pytest
 import torch
 
+from tdkd.cli import evaluate as command
 from tdkd.errors import UserError
 from tdkd.models import load_model, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
-# the package has a command of the same name
-command = importlib.import_module("tdkd.cli.evaluate")
 rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
 
 DATA = [

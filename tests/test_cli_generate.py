@@ -1,6 +1,5 @@
 """tdkd generate: records, sampling, and going on after a kill as if nothing had happened."""
 
-import importlib
 import json
 import signal
 import subprocess
@@ -10,12 +9,11 @@ import pytest
 import torch
 
 from tdkd import records
+from tdkd.cli import generate as command
 from tdkd.errors import UserError
 from tdkd.models import load_model, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
-# the package has a command of the same name
-command = importlib.import_module("tdkd.cli.generate")
 
 PROMPTS = ["why?", "a b c", "north by east", "0", "tick tock", "zig zag", "one two three"]
 OPTIONS = {
@@ -240,6 +238,37 @@ def test_other_settings_are_refused(writer, prompts, tmp_path, name, value):
     with pytest.raises(UserError, match=f"^{name}: expected {OPTIONS[name]} .*got {value}"):
         generate(writer, output, prompts=str(prompts), **{name: value})
     assert output.read_bytes() == whole
+
+
+def test_other_prompts_in_the_same_file_are_refused(writer, prompts, tmp_path):
+    output = tmp_path / "data.jsonl"
+    generate(writer, output, prompts=str(prompts))
+    prompts.write_text('{"prompt": "something else"}')
+    with pytest.raises(UserError, match="^prompts_sha256: expected "):
+        generate(writer, output, prompts=str(prompts))
+
+
+def test_a_run_that_never_began_settles_nothing(writer, prompts, tmp_path):
+    output = tmp_path / "data.jsonl"
+    with pytest.raises(UserError, match="^device: "):
+        generate(writer, output, prompts=str(prompts), device="no-such-device", seed=9)
+    generate(writer, output, prompts=str(prompts))
+
+
+def test_a_dropped_batch_is_told(writer, prompts, tmp_path, capsys):
+    output = tmp_path / "data.jsonl"
+    output.write_bytes(generate(writer, output, prompts=str(prompts))[:-5])
+    capsys.readouterr()
+    generate(writer, output, prompts=str(prompts))
+    assert "is dropped and done again" in " ".join(capsys.readouterr().err.split())
+
+
+def test_line_separators_of_unicode_stay_inside_a_record(writer, tmp_path):
+    path, output = tmp_path / "prompts.jsonl", tmp_path / "data.jsonl"
+    text = "a\u2028b\u0085c"
+    path.write_text(json.dumps({"prompt": text}, ensure_ascii=False), encoding="utf-8")
+    generate(writer, output, prompts=str(path))
+    assert records.read(output)[0]["prompt"][0]["content"] == text
 
 
 def test_a_file_of_something_else_is_left_alone(writer, prompts, tmp_path):

@@ -80,8 +80,32 @@ def pickle_weights(path):
     torch.save({}, path / "pytorch_model.bin")
 
 
+def tear_weights(path):
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+
+
+def ask_for_more_layers(path):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 6}))
+
+
+def ask_for_nonsense(path):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "hidden_size": "x"}))
+
+
 @pytest.mark.parametrize(
-    "spoil", [spoil_config, change_architecture, remove_weights, pickle_weights]
+    "spoil",
+    [
+        spoil_config,
+        change_architecture,
+        remove_weights,
+        pickle_weights,
+        tear_weights,
+        ask_for_more_layers,
+        ask_for_nonsense,
+    ],
 )
 def test_a_spoilt_model_is_one_line(tiny_teacher, tmp_path, spoil):
     path = copied(tiny_teacher, tmp_path)
@@ -89,6 +113,12 @@ def test_a_spoilt_model_is_one_line(tiny_teacher, tmp_path, spoil):
     with pytest.raises(UserError, match="^model: expected ") as error:
         load_model(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("device", ["no-such-device", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(tiny_teacher, device):
+    with pytest.raises(UserError, match=f"^device: expected .*got {device}"):
+        load_model(tiny_teacher, device=device)
 
 
 def test_a_tokenizer_without_a_template_is_refused_where_one_is_needed(tiny_teacher, tmp_path):

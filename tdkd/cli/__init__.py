@@ -19,20 +19,21 @@ app = typer.Typer(
 # typer may carry its own copy of click: this is the UsageError of the one that it uses
 USAGE_ERROR: Any = typer.BadParameter.__base__
 
+# The functions have names of their own: tdkd.cli.generate is the module.
 Device = Annotated[str, typer.Option(help="torch device")]
 Seed = Annotated[int, typer.Option(help="seed of what is sampled")]
 
 
-@app.command()
-def info() -> None:
+@app.command("info")
+def _info() -> None:
     """Versions, devices, implementations of the ops, missing extras."""
     from tdkd.cli.info import run
 
     run()
 
 
-@app.command()
-def generate(
+@app.command("generate")
+def _generate(
     model: Annotated[str, typer.Option(help="directory of the teacher")],
     output: Annotated[str, typer.Option(help="JSONL to write; goes on where it was left")],
     prompts: Annotated[
@@ -65,8 +66,8 @@ def generate(
     )
 
 
-@app.command()
-def evaluate(
+@app.command("evaluate")
+def _evaluate(
     model: Annotated[str, typer.Option(help="directory of the student")],
     teacher: Annotated[str, typer.Option(help="directory of the teacher")],
     data: Annotated[str, typer.Option(help="JSONL with prompt and completion, or references")],
@@ -102,10 +103,11 @@ def evaluate(
 
 
 @app.command(
+    "distill",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
 )
-def distill(context: typer.Context) -> None:
+def _distill(context: typer.Context) -> None:
     """Train a student: tdkd distill config.yaml [--flag value ...]; --help lists every flag."""
     from tdkd.cli.distill import run
 

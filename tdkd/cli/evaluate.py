@@ -157,6 +157,15 @@ def run(
     device: str,
 ) -> None:
     """The command; every argument is an option of ``tdkd evaluate``."""
+    records.check_at_least(
+        1,
+        max_examples=max_examples,
+        max_length=max_length,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+    )
+    records.check_at_least(0, temperature=temperature, samples=samples)
+    records.check_output(Path(output))
     loaded = records.read(data)[:max_examples]
     tokenizer = load_tokenizer(model, chat=True)
     result = evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,24 +117,24 @@ def run(
     device: str,
 ) -> None:
     """The command; every argument is an option of ``tdkd generate``."""
-    for name, value in {
-        "num-examples": num_examples,
-        "max-prompt-tokens": max_prompt_tokens,
-        "max-new-tokens": max_new_tokens,
-        "batch-size": batch_size,
-        "top-k": top_k,
-    }.items():
-        if value < 1:
-            raise UserError(f"{name}: expected a number >= 1, got {value}")
-    if temperature < 0:
-        raise UserError(f"temperature: expected a number >= 0, got {temperature}")
+    records.check_at_least(
+        1,
+        num_examples=num_examples,
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        top_k=top_k,
+    )
+    records.check_at_least(0, temperature=temperature)
     given = None if prompts is None else records.read(prompts, "prompts")
     tokenizer = load_tokenizer(model, chat=True)
     out = Path(output)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    records.check_output(out)
     settings = {
         "model": str(model),
         "prompts": prompts,
+        # the file's path does not say whether it is still the same
+        "prompts_sha256": prompts and hashlib.sha256(Path(prompts).read_bytes()).hexdigest(),
         "num_examples": num_examples,
         "max_prompt_tokens": max_prompt_tokens,
         "max_new_tokens": max_new_tokens,
@@ -144,6 +145,7 @@ def run(
     }
     _same_settings(out, settings)
     teacher = load_model(model, device=device)
+    records.write_whole(_settings_path(out), settings)
     sampling: dict[str, Any] = {"top_k": top_k, "temperature": temperature}
     if given is None:
         written = _write_prompts(
@@ -161,7 +163,10 @@ def run(
     if len(order) < len(given):
         console.print(f"{len(given) - len(order)} prompts are longer than {max_prompt_tokens}")
 
+    size = out.stat().st_size if out.exists() else 0
     done = len(order) if _lines(out) == len(order) else records.keep_lines(out, batch_size)
+    if size and out.stat().st_size < size:
+        console.print(f"{out}: a batch that was not finished is dropped and done again")
     if done:
         console.print(f"{out}: {done} of {len(order)} answers are there already")
     with _progress() as progress:
@@ -264,7 +269,7 @@ def _lines(path: Path) -> int:
 
 
 def _same_settings(out: Path, settings: dict[str, Any]) -> None:
-    path = out.with_name(out.name + ".settings.json")
+    path = _settings_path(out)
     if path.exists():
         before = json.loads(path.read_text())
         for name, value in settings.items():
@@ -275,7 +280,10 @@ def _same_settings(out: Path, settings: dict[str, Any]) -> None:
                 )
     elif out.exists():
         raise UserError(f"output: expected a new file or one of tdkd generate, got {out}")
-    records.write_whole(path, settings)
+
+
+def _settings_path(out: Path) -> Path:
+    return out.with_name(out.name + ".settings.json")
 
 
 def _progress() -> Progress:
