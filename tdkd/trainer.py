@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
@@ -347,19 +346,7 @@ def response_rows(tokens: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:
 
 def lm_cross_entropy(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
     """Summed ``F.cross_entropy`` of the head's logits, without ``[N, V]`` logits in memory."""
-    if hasattr(F, "linear_cross_entropy") and head.softcap is None and tokens.numel():
-        weight, bias = head.weight, head.bias
-        scaled = hidden.to(weight.dtype) * head.logit_scale
-        if bias is not None:
-            bias = bias * head.logit_scale
-        return F.linear_cross_entropy(
-            scaled,
-            weight,
-            tokens,
-            linear_bias=bias,
-            reduction="sum",
-            options=nn.LinearCrossEntropyOptions(),
-        )
+    # torch 2.13's chunked F.linear_cross_entropy took ten times as long on a CPU
     scale: dict[str, Any] = {"softcap": head.softcap, "logit_scale": head.logit_scale}
     log_z = ops.linear_logsumexp(hidden, head.weight, bias=head.bias, **scale)
     q = ops.linear_gather_q(hidden, head.weight, tokens.unsqueeze(-1), bias=head.bias, **scale)

@@ -46,7 +46,7 @@ def dense_rows(
     rest = scaled(logits, scale)
     if log_weight is not None:
         rest = rest + log_weight
-    if rest.shape[-1]:
+    if rest.shape[-1] and ids.shape[-1]:
         # padded slots point at a spare column
         inside = torch.zeros(
             (*rest.shape[:-1], rest.shape[-1] + 1), dtype=torch.bool, device=rest.device
