@@ -62,7 +62,11 @@ def load_model(
     check_device(device)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (*UNREADABLE, SafetensorError) as error:
         raise UserError(
@@ -98,7 +102,7 @@ def load_tokenizer(
     """
     path = check_model_path(path, argument)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except UNREADABLE as error:
         raise UserError(
             f"{argument}: expected a tokenizer in {path}, got {_first_line(error)}"

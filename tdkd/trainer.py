@@ -122,6 +122,11 @@ class TDConfig(SFTConfig):
             "student_temperature": (self.student_temperature > 0, "> 0"),
             "teacher_temperature": (self.teacher_temperature > 0, "> 0"),
         }
+        if self.loss_type != "nll" or self.label_smoothing_factor:
+            raise UserError(
+                "loss_type: expected 'nll' and no label_smoothing_factor, got "
+                f"{self.loss_type!r} and {self.label_smoothing_factor}"
+            )
         for name, (fits, expected) in ranges.items():
             if not fits:
                 raise UserError(f"{name}: expected a number {expected}, got {getattr(self, name)}")
@@ -276,9 +281,9 @@ class TDTrainer(SFTTrainer):
         loss = hidden.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
         if args.lm_weight:
-            lm_loss = lm_cross_entropy(hidden, head, taken) / items
-            loss = loss + args.lm_weight * lm_loss
-            metrics["lm_loss"] = lm_loss.detach()
+            lm_loss = lm_cross_entropy(hidden, head, taken)
+            loss = loss + args.lm_weight * lm_loss / items
+            metrics["lm_loss"] = lm_loss.detach() / max(1, taken.numel())
         if self.objective is not None:
             assert self.teacher is not None
             with torch.no_grad():

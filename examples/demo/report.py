@@ -15,18 +15,20 @@ import tdkd
 from tdkd import records
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 WHEN = ("before", "warm", "after")
 WHY = """\
-What was picked, and why. On this teacher the level of the raw logits wanders from token to token, and
-IQ-Learn with the paper's constants (raw logits, alpha 0.1, gradients through V') undoes the warm start.
-So Q is the student's log-probability (`q_level: log_prob`), normalised over the batch vocabulary; the
-TD term is small (weight {td_weight}), mild (alpha {td_alpha}), takes the teacher's own token and stops
-the gradient into the next state's value, which it would otherwise lower by emptying that state's set;
-and it stands beside a normalised imitation term, the KL to the teacher on its action set with one
-bucket for the rest, which keeps the student's mass where the teacher's is. The LM loss is off in
-phase 2: the tail bucket does its work without a vocabulary-sized product."""
+What was picked, and why. On this teacher the level of the raw logits wanders from token to token,
+and IQ-Learn with the paper's constants (raw logits, alpha 0.1, gradients through V') undoes the
+warm start. So Q is the student's log-probability (`q_level: log_prob`), normalised over the batch
+vocabulary; the TD term is small (weight {td_weight}), mild (alpha {td_alpha}), takes the teacher's
+own token, and stops the gradient into the next state's value, which it would otherwise lower by
+emptying that state's set; and it stands beside a normalised imitation term, the KL to the teacher
+on its action set with one bucket for the rest, which keeps the student's mass where the teacher's
+is. The LM loss is off in phase 2: the tail bucket does its work without a vocabulary-sized product.
+Most answers are cut at their longest length, so terminal states are few here; the last state of an
+answer that was cut has no known successor and gives no TD term."""
 
 
 def write_report(out: Path) -> None:
@@ -92,9 +94,9 @@ def text(
     lines = [
         "# A student learned from its teacher",
         "",
-        f"A {after['examples']}-answer held-out set, {after['positions']} positions. KL to the teacher "
-        f"went from {before['kl']:.2f} to {after['kl']:.2f} nats a token, top-1 agreement from "
-        f"{before['top1']:.3f} to {after['top1']:.3f}.",
+        f"On {after['examples']} held-out answers ({after['positions']} positions) the KL to the "
+        f"teacher went from {before['kl']:.2f} to {after['kl']:.2f} nats a token, top-1 agreement "
+        f"from {before['top1']:.3f} to {after['top1']:.3f}.",
         "",
         "| | KL | top-1 | acceptance | Rouge-L | perplexity |",
         "|---|---|---|---|---|---|",
@@ -107,8 +109,8 @@ def text(
         )
     lines += [
         "",
-        "`before` is the teacher with 20 of its 30 layers taken out, `warm` the same after supervised "
-        "training on the teacher's answers, `after` the same after the TD phase.",
+        "`before` is the teacher with 20 of its 30 layers taken out, `warm` the same after "
+        "supervised training on the teacher's answers, `after` the same after the TD phase.",
         "",
         "![curves](curves.png)",
         "",

@@ -116,8 +116,8 @@ def distill(out: Path, tdkd: str, name: str, title: str, student: Path) -> None:
         out,
         name,
         title,
-        [tdkd, "distill", str(HERE / f"{name}.yaml"), "--model_name_or_path", str(student), *teacher,
-         "--train_file", str(out / "train.jsonl"), "--output_dir", str(out / name)],
+        [tdkd, "distill", str(HERE / f"{name}.yaml"), "--model_name_or_path", str(student),
+         *teacher, "--train_file", str(out / "train.jsonl"), "--output_dir", str(out / name)],
     )  # fmt: skip
 
 

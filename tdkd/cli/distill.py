@@ -88,8 +88,12 @@ def save_whole(trainer: TDTrainer, tokenizer: PreTrainedTokenizerBase, path: Pat
     shutil.rmtree(temporary, ignore_errors=True)
     trainer.save_model(str(temporary))
     tokenizer.save_pretrained(temporary)
-    shutil.rmtree(path, ignore_errors=True)
+    before = path.with_name(path.name + ".old")
+    shutil.rmtree(before, ignore_errors=True)
+    if path.exists():
+        os.replace(path, before)
     os.replace(temporary, path)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _parse(args: list[str]) -> tuple[DataConfig, TDConfig, ModelConfig]:
@@ -137,6 +141,12 @@ def _dataset(
         )
     if "truncated" not in columns:
         return loaded
+
+    if not isinstance(sample.get("prompt"), list) or "completion" not in columns:
+        raise UserError(
+            f"{argument}: expected chat messages as prompt and completion where records say "
+            f"truncated, got {path} with {', '.join(sorted(columns))}"
+        )
 
     def tokens(record: dict[str, Any]) -> dict[str, list[int]]:
         encoded = records.encode(record, tokenizer, config.max_length or 1 << 30)

@@ -23,18 +23,16 @@ EXTRAS = {
 
 
 def run() -> None:
-    """Prints versions, devices, the implementations of the ops, and extras that are missing."""
+    """Prints versions, devices, the implementations of the ops, and which extras are missing."""
     table = Table(show_header=False, title="tdkd")
     table.add_row("tdkd", tdkd.__version__)
     table.add_row("python", platform.python_version())
     table.add_row("torch", torch.__version__)
-    missing = []
     for package, source in EXTRAS.items():
         try:
             table.add_row(package, version(package))
         except PackageNotFoundError:
             table.add_row(package, f'missing: pip install "{source}"')
-            missing.append(package)
     cuda = torch.cuda.is_available()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("devices", ", ".join(["cpu", *devices]) if cuda else "cpu")
