@@ -673,13 +673,14 @@ def linear_td_loss(
             _ids_below("actions", actions.ids, weight.shape[0])
 
     flat = student_hidden.reshape(tokens.numel(), student_hidden.shape[-1])
-    ids = actions.ids.reshape(tokens.numel(), actions.ids.shape[-1])
+    # rows that are no states have no say in which columns exist
+    state = (tokens != ignore_index).unsqueeze(-1)
+    used = actions._replace(ids=torch.where(state, actions.ids, -1))
+    ids = used.ids.reshape(tokens.numel(), used.ids.shape[-1])
     objective = IQLearn() if objective is None else objective
     if _needs_normaliser(objective, q):
         if normaliser == "batch" and vocabulary is None:
-            vocabulary = batch_vocabulary(
-                actions, weight.shape[0], extra=extra, generator=generator
-            )
+            vocabulary = batch_vocabulary(used, weight.shape[0], extra=extra, generator=generator)
         elif normaliser == "exact" and vocabulary is not None:
             raise ValueError('vocabulary: expected None with normaliser="exact", got a Vocabulary')
         z, log_rest = _linear_rows.linear_rows(flat, weight, bias, ids, scale, vocabulary)
@@ -757,7 +758,8 @@ def _td_output(
         valid=valid,
         slot=here.int().argmax(-1) * state,
         value=value,
-        next_value=_td_target.next_value(value, successor),
+        # at gamma = 0 an infinite V' is of no concern
+        next_value=_td_target.next_value(value, successor if gamma else successor.clamp(max=-1)),
         successor=successor,
         state=state,
         gamma=gamma,

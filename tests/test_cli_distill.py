@@ -1,0 +1,112 @@
+"""tdkd distill: a whole run from YAML and flags, resume, truncated answers, and what it refuses."""
+
+import json
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tdkd import cli
+from tdkd.cli import distill
+from tdkd.models import load_tokenizer
+from tdkd.trainer import TDConfig
+
+RECORDS = [
+    {
+        "prompt": [{"role": "user", "content": f"say {i}"}],
+        "completion": [{"role": "assistant", "content": "yes " * (i % 3 + 1)}],
+    }
+    for i in range(6)
+]
+
+
+@pytest.fixture
+def setting(tmp_path, tiny_teacher, tiny_student):
+    """A data file and a YAML file of a run with two steps; returns the YAML's path and content."""
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    content = {
+        "model_name_or_path": str(tiny_student),
+        "teacher_model_name_or_path": str(tiny_teacher),
+        "train_file": str(data),
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "gradient_checkpointing": False,
+        "action_top_k": 4,
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path, content
+
+
+def test_a_run_leaves_a_student_and_a_log_and_resumes(setting, tmp_path, capsys):
+    path, content = setting
+    distill.run([str(path)])
+    final = tmp_path / "out" / "final"
+    AutoModelForCausalLM.from_pretrained(final)
+    AutoTokenizer.from_pretrained(final)
+    log = json.loads((tmp_path / "out" / "log.json").read_text())
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
+    assert not (tmp_path / "out" / "final.tmp").exists()
+    distill.run([str(path), "--max_steps", "3"])
+    assert "checkpoint-2" in capsys.readouterr().err
+    log = json.loads((tmp_path / "out" / "log.json").read_text())
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+
+
+def test_a_truncated_answer_has_no_end(tmp_path, tiny_student):
+    tokenizer = load_tokenizer(tiny_student)
+    data = tmp_path / "data.jsonl"
+    cut, whole = ({**RECORDS[0], "truncated": truncated} for truncated in (True, False))
+    data.write_text("".join(json.dumps(record) + "\n" for record in (cut, whole)))
+    config = TDConfig(output_dir=str(tmp_path), max_length=64)
+    loaded = distill._dataset(str(data), "train_file", tokenizer, config)
+    first, second = loaded[0]["labels"], loaded[1]["labels"]
+    assert second == [*first, tokenizer.eos_token_id]
+    assert tokenizer.eos_token_id not in first
+    assert tokenizer.decode([t for t in first if t != -100]) == "yes "
+
+
+REFUSED = {
+    "no_config": (["nowhere.yaml"], {}, "config: expected a YAML file"),
+    "unknown_key": ([], {"action_topk": 3}, "action_topk"),
+    "unknown_flag": (["--action_topk", "3"], {}, "action_topk"),
+    "bad_value": ([], {"gamma": 2.0}, "gamma: expected a number in [0, 1], got 2.0"),
+    "bad_flag_value": (["--max_steps", "many"], {}, "max_steps"),
+    "no_data": ([], {"train_file": "nowhere.jsonl"}, "train_file: expected a JSONL file"),
+    "no_student": ([], {"model_name_or_path": "nowhere"}, "model_name_or_path: expected"),
+    "no_teacher": ([], {"teacher_model_name_or_path": None}, "teacher_model: expected"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_input_is_one_line(setting, monkeypatch, capsys, name):
+    flags, changed, message = REFUSED[name]
+    path, content = setting
+    path.write_text(yaml.safe_dump({**content, **changed}))
+    first = [] if name == "no_config" else [str(path)]
+    monkeypatch.setattr("sys.argv", ["tdkd", "distill", *first, *flags])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("tdkd: ")
+    assert message in last
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}\n", '{"question": "a"}\n'], ids=["empty", "no_fields", "other_fields"]
+)
+def test_useless_data_is_one_line(setting, tmp_path, monkeypatch, capsys, content):
+    path, _ = setting
+    (tmp_path / "train.jsonl").write_text(content)
+    monkeypatch.setattr("sys.argv", ["tdkd", "distill", str(path)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert "train_file: expected" in capsys.readouterr().err.strip().splitlines()[-1]
