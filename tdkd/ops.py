@@ -426,7 +426,7 @@ def linear_select_actions(
     actions = _linear_select_actions.linear_select_actions(
         hidden.reshape(lead.numel(), hidden.shape[-1]), weight, bias, k, top_p, scale, include
     )
-    return ActionSet(*(column.view(*lead, *column.shape[1:]) for column in actions))
+    return ActionSet(*(column.view((*lead, *column.shape[1:])) for column in actions))
 
 
 def linear_gather_q(

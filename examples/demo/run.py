@@ -22,6 +22,7 @@ from tdkd import records
 HERE = Path(__file__).parent
 console = Console()
 
+STAGES = ["models", "data", "evaluate-before", "warm", "evaluate-warm", "td", "evaluate-after"]
 EXAMPLES = 288
 HELD_OUT = 32
 MAX_PROMPT_TOKENS = 24
@@ -61,12 +62,18 @@ def main() -> None:
     console.print(f"the student is in {out}/td/final (AutoModelForCausalLM.from_pretrained).")
 
 
-def stage(out: Path, name: str, title: str, command: list[str]) -> None:
-    """Run one command, unless it has run; keep its seconds and its peak memory."""
+def stage(out: Path, name: str, title: str, command: list[str], config: str = "") -> None:
+    """Run one command, unless it has run so; keep its seconds and its peak memory.
+
+    What came after an earlier run of it is forgotten, so that nothing stale stays.
+    """
     record = out / "stages" / f"{name}.json"
-    if record.exists() and json.loads(record.read_text())["command"] == command:
+    wanted = {"command": command, "config": config}
+    if record.exists() and wanted.items() <= json.loads(record.read_text()).items():
         console.print(f"[green]✓[/green] {title} (done before)")
         return
+    for later in STAGES[STAGES.index(name) :]:
+        (out / "stages" / f"{later}.json").unlink(missing_ok=True)
     console.rule(title)
     console.print("$ " + " ".join(command), style="dim", soft_wrap=True)
     start = time.time()
@@ -79,7 +86,7 @@ def stage(out: Path, name: str, title: str, command: list[str]) -> None:
     records.write_whole(
         record,
         {
-            "command": command,
+            **wanted,
             "seconds": round(time.time() - start, 1),
             "peak_memory_mib": round(usage.ru_maxrss / 1024),
         },
@@ -118,6 +125,7 @@ def distill(out: Path, tdkd: str, name: str, title: str, student: Path) -> None:
         title,
         [tdkd, "distill", str(HERE / f"{name}.yaml"), "--model_name_or_path", str(student),
          *teacher, "--train_file", str(out / "train.jsonl"), "--output_dir", str(out / name)],
+        config=(HERE / f"{name}.yaml").read_text(),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import yaml
 from datasets import Dataset
+from datasets.exceptions import DatasetsError
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
@@ -74,12 +75,14 @@ def run(args: list[str]) -> None:
     output = Path(config.output_dir)
     last = get_last_checkpoint(str(output)) if data.resume and output.is_dir() else None
     if last is not None:
-        console.print(f"resuming from {last}")
+        console.print(f"resuming from {last}", soft_wrap=True)
     trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():
         save_whole(trainer, tokenizer, output / "final")
         records.write_whole(output / "log.json", trainer.state.log_history)
-        console.print(f"student in {output / 'final'}, log in {output / 'log.json'}")
+        console.print(
+            f"student in {output / 'final'}, log in {output / 'log.json'}", soft_wrap=True
+        )
 
 
 def save_whole(trainer: TDTrainer, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
@@ -123,7 +126,10 @@ def _dataset(
     file = Path(path)
     if not file.is_file():
         raise UserError(f"{argument}: expected a JSONL file, got {path}, which is no file")
-    loaded = Dataset.from_json(str(file)) if file.stat().st_size else None
+    try:
+        loaded = Dataset.from_json(str(file)) if file.stat().st_size else None
+    except (ValueError, DatasetsError) as error:
+        raise UserError(f"{argument}: expected JSONL records in {path}, got {error}") from error
     if loaded is None or not len(loaded):
         raise UserError(f"{argument}: expected at least one record in {path}, got none")
     columns = set(loaded.column_names)
