@@ -176,7 +176,7 @@ def successors(
         tokens: taken tokens ``(..., T)``, already shifted; ``ignore_index`` where a row is no state
             (prompt, padding on either side, other people's turns).
         cu_seqlens: for one packed sequence ``(T,)`` or ``(1, T)``: offsets ``(S + 1,)`` of its S
-            sequences, from 0 to T.
+            sequences, ascending from 0 to T (not checked, which would be a host sync).
         eos_token_id: token or tokens that end a response. None: every response counts as cut off.
         ignore_index: see ``tokens``.
     Returns:
@@ -672,9 +672,11 @@ def linear_td_loss(
         if check:
             _ids_below("actions", actions.ids, weight.shape[0])
 
-    flat = student_hidden.reshape(tokens.numel(), student_hidden.shape[-1])
-    # rows that are no states have no say in which columns exist
+    # rows that are no states have no say in which columns exist, nor in the head's gradient, where
+    # a NaN of theirs would survive as 0 * NaN
     state = (tokens != ignore_index).unsqueeze(-1)
+    flat = torch.where(state, student_hidden, 0.0)
+    flat = flat.reshape(tokens.numel(), student_hidden.shape[-1])
     used = actions._replace(ids=torch.where(state, actions.ids, -1))
     ids = used.ids.reshape(tokens.numel(), used.ids.shape[-1])
     objective = IQLearn() if objective is None else objective
@@ -813,8 +815,8 @@ def _within(name: str, value: float, low: float, high: float) -> None:
 
 
 def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
 
 
 def _scale(prefix: str, temperature: float, softcap: float | None, logit_scale: float) -> Scale:

@@ -349,6 +349,24 @@ def test_linear_equals_dense(heads, batch, objective, q, normaliser):
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-9)
 
 
+@pytest.mark.parametrize("normaliser", ["exact", "batch"])
+def test_a_row_that_is_no_state_cannot_spoil_the_head(heads, batch, normaliser):
+    """NaN hidden states under padding: the same loss, and a finite gradient of the head."""
+    tokens = batch[2]
+    generator = torch.Generator()
+    options = {"k": K, "normaliser": normaliser, "extra": 4, "generator": generator}
+    spoilt = heads["student_hidden"].detach().clone()
+    spoilt[tokens == -100] = torch.nan
+    results = []
+    for hidden in (heads["student_hidden"], spoilt):
+        generator.manual_seed(0)
+        out = ops.linear_td_loss(tokens=tokens, **{**heads, "student_hidden": hidden}, **options)
+        results.append((out.loss, *gradient(out, [heads["student_weight"], heads["bias"]])))
+    for clean, got in zip(*results, strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, clean)
+
+
 def test_given_actions_equal_a_live_teacher(heads, batch):
     tokens = batch[2]
     live = ops.linear_td_loss(tokens=tokens, k=K, **heads)
@@ -575,7 +593,11 @@ REFUSED = {
     "top_p_above": (lambda: ops.select_actions(torch.zeros(2, 5), top_p=1.1), "top_p: .*got 1.1"),
     "temperature": (
         lambda: ops.gather_q(torch.zeros(2, 5), ids(2, 1), temperature=0),
-        "temperature: expected a number > 0, got 0",
+        "temperature: expected a finite number > 0, got 0",
+    ),
+    "temperature_inf": (
+        lambda: ops.gather_q(torch.zeros(2, 5), ids(2, 1), temperature=float("inf")),
+        "temperature: expected a finite number > 0, got inf",
     ),
     "softcap": (lambda: ops.select_actions(torch.zeros(2, 5), softcap=-1.0), "softcap: .*got -1.0"),
     "logit_scale": (
