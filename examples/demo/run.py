@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 console = Console()
 
 STAGES = ["models", "data", "evaluate-before", "warm", "evaluate-warm", "td", "evaluate-after"]
-EXAMPLES = 288
+EXAMPLES = 256
 HELD_OUT = 32
 MAX_PROMPT_TOKENS = 24
 MAX_NEW_TOKENS = 56
