@@ -149,7 +149,7 @@ class _OnTheSet(Objective):
         """(teacher, student) log-probabilities, ``[N, k]`` or ``[N, k + 1]`` with the tail last."""
         policy = rows.q - rows.value.unsqueeze(-1)
         if not self.tail:
-            return rows.log_probs - rows.teacher_log_mass.unsqueeze(-1), policy
+            return rows.teacher_policy, policy
         assert rows.log_mass is not None
         assert rows.log_tail is not None
         rest = -torch.expm1(rows.teacher_log_mass)

@@ -110,11 +110,17 @@ class Rows:
 
     @property
     def teacher_log_mass(self) -> Tensor:
-        """``[N]``: log of the teacher's mass on the set."""
+        """``[N]``: log of the teacher's mass on the set; -inf where it excludes every member."""
         return torch.where(self.state, self.log_probs.logsumexp(-1), 0.0)
+
+    @property
+    def teacher_policy(self) -> Tensor:
+        """``[N, k]``: log-probabilities of the teacher renormalised on the set; -inf where padded,
+        and where the teacher excludes a member (logit -inf)."""
+        held = self.log_probs > -torch.inf
+        return torch.where(held, self.log_probs - self.teacher_log_mass.unsqueeze(-1), -torch.inf)
 
     @property
     def teacher_weights(self) -> Tensor:
         """``[N, k]``: the teacher renormalised on the set; 0 where padded."""
-        log_w = self.log_probs - self.teacher_log_mass.unsqueeze(-1)
-        return torch.where(self.valid, log_w.exp(), 0.0)
+        return torch.where(self.valid, self.teacher_policy.exp(), 0.0)
