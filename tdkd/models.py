@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from tdkd.errors import UserError
+from tdkd.kernels.gather_q.reference import scaled
+from tdkd.types import Scale
 
 # what transformers raises on a directory that it cannot make sense of
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError)
@@ -32,6 +34,11 @@ class Head(NamedTuple):
     """``(V,)``."""
     softcap: float | None
     logit_scale: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``(..., V)`` in float32 or better, for callers who can hold them."""
+        product = nn.functional.linear(hidden, self.weight, self.bias)
+        return scaled(product, Scale(1.0, self.softcap, self.logit_scale))
 
 
 def check_model_path(path: str | Path, argument: str = "model") -> Path:

@@ -727,9 +727,7 @@ def _td_output(
     _choice("reduction", reduction, ("mean", "sum", "none"))
     lead = tokens.shape
     if successor is None:
-        successor = successors(tokens, ignore_index=ignore_index) if tokens.dim() else None
-    if successor is None:
-        successor = tokens.new_full((), -2, dtype=torch.int64)
+        successor = successors(tokens.reshape(lead or (1,)), ignore_index=ignore_index).view(lead)
     _successor(successor, lead, tokens)
 
     taken = tokens.reshape(-1).long()

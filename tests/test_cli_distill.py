@@ -1,6 +1,7 @@
 """tdkd distill: a whole run from YAML and flags, resume, truncated answers, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -97,6 +98,23 @@ def test_wrong_input_is_one_line(setting, monkeypatch, capsys, name):
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("tdkd: ")
     assert message in last
+
+
+def test_conversations_need_a_chat_template(setting, tmp_path, tiny_student, monkeypatch, capsys):
+    path, content = setting
+    plain = tmp_path / "plain"
+    shutil.copytree(tiny_student, plain)
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    tokenizer.chat_template = None
+    (plain / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(plain)
+    monkeypatch.setattr(
+        "sys.argv", ["tdkd", "distill", str(path), "--model_name_or_path", str(plain)]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert "with a chat template" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 from tdkd.cli import evaluate as command
 from tdkd.errors import UserError
-from tdkd.models import load_model, load_tokenizer
+from tdkd.models import Head, load_model, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
@@ -107,10 +107,8 @@ def test_max_length_cuts_responses(student, teacher, tokenizer):
 
 def test_logits_exist_for_a_chunk_of_rows_alone(student, teacher, tokenizer, monkeypatch):
     shapes = []
-    real = command._log_softmax
-    monkeypatch.setattr(
-        command, "_log_softmax", lambda h, head: shapes.append(h.shape[0]) or real(h, head)
-    )
+    real = Head.logits
+    monkeypatch.setattr(Head, "logits", lambda head, h: shapes.append(h.shape[0]) or real(head, h))
     monkeypatch.setattr(command, "CHUNK_ROWS", 7)
     result = evaluate(student, teacher, tokenizer)
     assert max(shapes) == 7

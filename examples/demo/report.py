@@ -19,16 +19,17 @@ import matplotlib.pyplot as plt
 
 WHEN = ("before", "warm", "after")
 WHY = """\
-What was picked, and why. On this teacher the level of the raw logits wanders from token to token,
-and IQ-Learn with the paper's constants (raw logits, alpha 0.1, gradients through V') undoes the
-warm start. So Q is the student's log-probability (`q_level: log_prob`), normalised over the batch
-vocabulary; the TD term is small (weight {td_weight}), mild (alpha {td_alpha}), takes the teacher's
-own token, and stops the gradient into the next state's value, which it would otherwise lower by
-emptying that state's set; and it stands beside a normalised imitation term, the KL to the teacher
-on its action set with one bucket for the rest, which keeps the student's mass where the teacher's
-is. The LM loss is off in phase 2: the tail bucket does its work without a vocabulary-sized product.
-Most answers are cut at their longest length, so terminal states are few here; the last state of an
-answer that was cut has no known successor and gives no TD term."""
+What was picked, and why. Prototypes on this teacher, not this run, showed that the level of the
+raw logits wanders from token to token, and that IQ-Learn with the paper's constants (raw logits,
+alpha 0.1, gradients through V') undoes the warm start. So Q is the student's log-probability
+(`q_level: log_prob`), normalised over the batch vocabulary; the TD term is small (weight
+{td_weight}), mild (alpha {td_alpha}), takes the teacher's own token, and stops the gradient into
+the next state's value, which it would otherwise lower by emptying that state's set; and it stands
+beside a normalised imitation term, the KL to the teacher on its action set with one bucket for the
+rest, which keeps the student's mass where the teacher's is. The LM loss is off in phase 2: the tail
+bucket does its work without a vocabulary-sized product. Most answers are cut at their longest
+length, so terminal states are few here; the last state of an answer that was cut has no known
+successor and gives no TD term."""
 
 
 def write_report(out: Path) -> None:

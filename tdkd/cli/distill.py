@@ -11,17 +11,15 @@ from typing import Any, NoReturn
 import yaml
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from tdkd import records
+from tdkd.cli.console import console
 from tdkd.errors import UserError
 from tdkd.models import check_model_path, load_model, load_tokenizer
 from tdkd.trainer import TDConfig, TDTrainer
-
-console = Console(stderr=True)
 
 
 @dataclass

@@ -8,20 +8,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tdkd import records
+from tdkd.cli.console import console, progress_bar
 from tdkd.cli.generate import sample
 from tdkd.errors import UserError
-from tdkd.kernels.gather_q.reference import scaled
-from tdkd.models import Head, last_hidden_state, lm_head, load_model, load_tokenizer
-from tdkd.types import Scale
-
-console = Console(stderr=True)
+from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer
 
 # Rows of logits that exist at a time: teacher and student, in float32.
 CHUNK_ROWS = 256
@@ -84,7 +80,7 @@ def evaluate(
         raise UserError(f"data: expected responses within max-length {max_length}, got none")
     sums = torch.zeros(5, dtype=torch.float64)
     positions = 0
-    with _progress() as progress, torch.inference_mode():
+    with progress_bar() as progress, torch.inference_mode():
         task = progress.add_task("teacher-forced", total=len(order))
         for start in range(0, len(order), batch_size):
             batch = [encoded[i] for i in order[start : start + batch_size]]
@@ -94,7 +90,8 @@ def evaluate(
             for rows in range(0, tokens.numel(), CHUNK_ROWS):
                 part = slice(rows, rows + CHUNK_ROWS)
                 log_q, log_p = (
-                    _log_softmax(h[part], head) for h, head in zip(hidden, heads, strict=True)
+                    head.logits(h[part]).log_softmax(-1)
+                    for h, head in zip(hidden, heads, strict=True)
                 )
                 sums += _compare(log_p, log_q, tokens[part]).cpu()
             positions += tokens.numel()
@@ -210,11 +207,6 @@ def _collate(
     return ids.to(device), mask.to(device), states.to(device), tokens.to(device)
 
 
-def _log_softmax(hidden: Tensor, head: Head) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
-    return scaled(logits, Scale(1.0, head.softcap, head.logit_scale)).log_softmax(-1)
-
-
 def _compare(log_p: Tensor, log_q: Tensor, tokens: Tensor) -> Tensor:
     """Sums over rows of KL, reverse KL, top-1 agreement, acceptance and negative log-likelihood."""
     p, q = log_p.exp(), log_q.exp()
@@ -239,7 +231,7 @@ def _answers(
     seed: int,
 ) -> list[str]:
     answers = []
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("answers", total=len(prompts))
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
@@ -254,13 +246,3 @@ def _answers(
             answers += [tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _ in drawn]
             progress.update(task, advance=len(batch))
     return answers
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -21,10 +19,9 @@ from transformers import (
 )
 
 from tdkd import records
+from tdkd.cli.console import console, progress_bar
 from tdkd.errors import UserError
 from tdkd.models import eos_token_ids, load_model, load_tokenizer
-
-console = Console(stderr=True)
 
 
 class TopKSampler(LogitsProcessor):
@@ -57,14 +54,13 @@ def sample(
     top_k: int = 50,
     temperature: float = 1.0,
     seed: int = 0,
-    stop_ids: list[int] | None = None,
 ) -> list[tuple[list[int], bool]]:
     """One continuation of each prompt, sampled from the top-k (``temperature=0``: greedy).
 
     Returns:
         For each prompt the new tokens without the stop token, and whether they were cut off.
     """
-    stop = eos_token_ids(model, tokenizer) if stop_ids is None else stop_ids
+    stop = eos_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
@@ -169,7 +165,7 @@ def run(
         console.print(f"{out}: a batch that was not finished is dropped and done again")
     if done:
         console.print(f"{out}: {done} of {len(order)} answers are there already")
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("answers", total=len(order), completed=done)
         for start in range(done, len(order), batch_size):
             batch = order[start : start + batch_size]
@@ -218,7 +214,7 @@ def _write_prompts(
     if state_path.exists():
         state = json.loads(state_path.read_text())
     opening = _user_opening(tokenizer)
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("prompts", total=num_examples, completed=len(state["prompts"]))
         while len(state["prompts"]) < num_examples:
             drawn = sample(
@@ -284,13 +280,3 @@ def _same_settings(out: Path, settings: dict[str, Any]) -> None:
 
 def _settings_path(out: Path) -> Path:
     return out.with_name(out.name + ".settings.json")
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
