@@ -10,21 +10,29 @@ and raises where there is none; ``"auto"`` takes the kernel where one exists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tdkd.kernels import gather_q as _gather_q
+from tdkd.kernels import native as _native
+from tdkd.kernels import select_actions as _select_actions
+from tdkd.kernels import soft_value as _soft_value
+from tdkd.kernels import student_rows as _student_rows
+from tdkd.kernels import td_target as _td_target
 from tdkd.kernels.batch_vocabulary import reference as _batch_vocabulary
-from tdkd.kernels.gather_q import reference as _gather_q
+from tdkd.kernels.gather_q import reference as _gather_q_reference
 from tdkd.kernels.linear_rows import reference as _linear_rows
 from tdkd.kernels.linear_select_actions import reference as _linear_select_actions
-from tdkd.kernels.select_actions import reference as _select_actions
-from tdkd.kernels.soft_value import reference as _soft_value
-from tdkd.kernels.td_target import reference as _td_target
+from tdkd.kernels.select_actions import reference as _select_actions_reference
+from tdkd.kernels.soft_value import reference as _soft_value_reference
+from tdkd.kernels.student_rows import reference as _student_rows_reference
+from tdkd.kernels.td_target import reference as _td_target_reference
+from tdkd.kernels.td_target.reference import next_value
 from tdkd.objectives import IQLearn, ObjectiveLike
-from tdkd.types import ActionSet, Rows, Scale, TDOutput, Vocabulary
+from tdkd.types import ActionSet, Rows, Scale, StudentRows, TDOutput, Vocabulary
 
 __all__ = [
     "ActionSet",
@@ -92,7 +100,6 @@ def select_actions(
     >>> actions.ids.tolist(), actions.count.tolist()
     ([[1, 3, -1]], [2])
     """
-    _no_kernel("select_actions", impl)
     _floating("logits", logits)
     _selection(k, top_p)
     scale = _scale("", temperature, softcap, logit_scale)
@@ -103,7 +110,8 @@ def select_actions(
             _ids_below("include", include, logits.shape[-1])
     if check:
         _usable("logits", logits)
-    return _select_actions.select_actions(logits, k, top_p, scale, include)
+    op = _select_actions if _fused(impl, logits) else _select_actions_reference
+    return op.select_actions(logits, k, top_p, scale, include)
 
 
 def gather_q(
@@ -134,13 +142,13 @@ def gather_q(
         TypeError: an argument has the wrong type or dtype.
         ValueError: leading dims differ, an option is out of range, or (``check``) an id is >= V.
     """
-    _no_kernel("gather_q", impl)
     _floating("logits", logits)
     scale = _scale("", temperature, softcap, logit_scale)
     _set_ids("ids", ids, logits.shape[:-1], logits)
     if check:
         _ids_below("ids", ids, logits.shape[-1])
-    return _gather_q.gather_q(logits, ids, scale)
+    op = _gather_q if _fused(impl, logits) else _gather_q_reference
+    return op.gather_q(logits, ids, scale)
 
 
 def soft_value(q: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -155,9 +163,10 @@ def soft_value(q: Tensor, *, impl: Impl = "auto") -> Tensor:
         TypeError: ``q`` is not floating point.
         ValueError: ``q`` has no dimension.
     """
-    _no_kernel("soft_value", impl)
     _floating("q", q)
-    return _soft_value.soft_value(_accumulated(q))
+    q = _accumulated(q)
+    op = _soft_value if _fused(impl, q) else _soft_value_reference
+    return op.soft_value(q)
 
 
 def successors(
@@ -244,22 +253,18 @@ def td_target(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes differ, or ``gamma`` or ``lam`` is outside [0, 1].
     """
-    _no_kernel("td_target", impl)
     _floating("value", value, dims=0)
     _successor(successor, value.shape, value)
     _within("gamma", gamma, 0.0, 1.0)
     if lam is not None:
         _within("lam", lam, 0.0, 1.0)
     value = _accumulated(value)
-    if reward is None:
-        reward = torch.zeros_like(value)
-    else:
+    if reward is not None:
         _floating("reward", reward, dims=0)
         _same_shape("reward", reward, value.shape, "value")
-        reward = reward.to(value.dtype)
-    target = _td_target.td_target(
-        value.flatten(), successor.long().flatten(), reward.flatten(), gamma=gamma, lam=lam
-    )
+        reward = reward.to(value.dtype).flatten()
+    op = _td_target if _fused(impl, value) else _td_target_reference
+    target = op.td_target(value.flatten(), successor.flatten(), reward, gamma=gamma, lam=lam)
     return target.reshape(value.shape)
 
 
@@ -329,7 +334,6 @@ def td_loss(
     >>> teacher, tokens = torch.randn(2, 5, 100), torch.randint(100, (2, 5))
     >>> td_loss(student, teacher, tokens, k=8).loss.backward()
     """
-    _no_kernel("td_loss", impl)
     _floating("student_logits", student_logits)
     _floating("teacher_logits", teacher_logits)
     lead = student_logits.shape[:-1]
@@ -346,28 +350,29 @@ def td_loss(
     _tokens("tokens", tokens, lead, student_logits)
     if check:
         _tokens_fit(tokens, student_logits.shape[-1], ignore_index)
+    _selection(k, top_p)
     scale = _scale("", temperature, softcap, logit_scale)
-    actions = select_actions(
-        teacher_logits,
-        k,
-        top_p,
-        temperature=teacher_temperature,
-        include=torch.where(tokens == ignore_index, -1, tokens),
-        vocab_size=vocab_size,
-        softcap=teacher_softcap,
-        logit_scale=teacher_logit_scale,
-        check=check,
-        impl=impl,
-    )
-    flat = student_logits.reshape(tokens.numel(), student_logits.shape[-1])
-    ids = actions.ids.reshape(tokens.numel(), k)
+    teacher_scale = _scale("teacher_", teacher_temperature, teacher_softcap, teacher_logit_scale)
+    teacher_logits = _columns("teacher_logits", teacher_logits, vocab_size)
+    state = tokens != ignore_index
+    if check:
+        _usable("teacher_logits", teacher_logits, state)
     objective = IQLearn() if objective is None else objective
+
+    # rows that are no states are not even read
+    select = _select_actions if _fused(impl, teacher_logits) else _select_actions_reference
+    actions = select.select_actions(
+        teacher_logits, k, top_p, teacher_scale, torch.where(state, tokens, -1), state
+    )
     if _needs_normaliser(objective, q):
-        z, log_rest = _linear_rows.dense_rows(flat, ids, scale)
+        student_rows = _rows_of(impl, student_logits)
+        z, log_rest = student_rows(student_logits, actions.ids, scale, state=state)
+        log_rest = log_rest.flatten()
     else:
-        z, log_rest = _gather_q.gather_q(flat, ids, scale), None
+        gather = _gather_q if _fused(impl, student_logits) else _gather_q_reference
+        z, log_rest = gather.gather_q(student_logits, actions.ids, scale), None
     return _td_output(
-        z,
+        z.reshape(tokens.numel(), k),
         log_rest,
         actions,
         tokens,
@@ -378,6 +383,7 @@ def td_loss(
         ignore_index=ignore_index,
         reduction=reduction,
         num_items_in_batch=num_items_in_batch,
+        impl=impl,
     )
 
 
@@ -411,7 +417,6 @@ def linear_select_actions(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, or shapes do not fit.
     """
-    _no_kernel("linear_select_actions", impl)
     weight, bias = _head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
     _selection(k, top_p)
     scale = _scale("", temperature, softcap, logit_scale)
@@ -423,8 +428,16 @@ def linear_select_actions(
         include = include.reshape(-1)
     if check:
         _usable("hidden", hidden)
+    select = _select_actions if _fused(impl, hidden) else _select_actions_reference
     actions = _linear_select_actions.linear_select_actions(
-        hidden.reshape(lead.numel(), hidden.shape[-1]), weight, bias, k, top_p, scale, include
+        hidden.reshape(lead.numel(), hidden.shape[-1]),
+        weight,
+        bias,
+        k,
+        top_p,
+        scale,
+        include,
+        select_actions=select.select_actions,
     )
     return ActionSet(*(column.view((*lead, *column.shape[1:])) for column in actions))
 
@@ -507,15 +520,15 @@ def linear_logsumexp(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, or shapes do not fit.
     """
-    _no_kernel("linear_logsumexp", impl)
     weight, bias = _head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
     scale = _scale("", temperature, softcap, logit_scale)
     lead = hidden.shape[:-1]
     flat = hidden.reshape(lead.numel(), hidden.shape[-1])
     nothing = torch.empty((flat.shape[0], 0), dtype=torch.int64, device=hidden.device)
-    return _linear_rows.linear_rows(flat, weight, bias, nothing, scale, vocabulary).log_rest.view(
-        lead
+    rows = _linear_rows.linear_rows(
+        flat, weight, bias, nothing, scale, vocabulary, student_rows=_rows_of(impl, hidden)
     )
+    return rows.log_rest.view(lead)
 
 
 def batch_vocabulary(
@@ -612,7 +625,6 @@ def linear_td_loss(
         ValueError: an argument is out of range, shapes do not fit, or both or neither of a live
             teacher and ``actions`` are given.
     """
-    _no_kernel("linear_td_loss", impl)
     weight, bias = _head(
         "student_hidden", student_hidden, "student_weight", student_weight, "bias", bias, vocab_size
     )
@@ -685,8 +697,11 @@ def linear_td_loss(
             vocabulary = batch_vocabulary(used, weight.shape[0], extra=extra, generator=generator)
         elif normaliser == "exact" and vocabulary is not None:
             raise ValueError('vocabulary: expected None with normaliser="exact", got a Vocabulary')
-        z, log_rest = _linear_rows.linear_rows(flat, weight, bias, ids, scale, vocabulary)
+        z, log_rest = _linear_rows.linear_rows(
+            flat, weight, bias, ids, scale, vocabulary, student_rows=_rows_of(impl, student_hidden)
+        )
     else:
+        _no_kernel("linear_gather_q", impl)
         z, log_rest = _linear_rows.linear_gather_q(flat, weight, bias, ids, scale), None
     return _td_output(
         z,
@@ -700,7 +715,13 @@ def linear_td_loss(
         ignore_index=ignore_index,
         reduction=reduction,
         num_items_in_batch=num_items_in_batch,
+        impl=impl,
     )
+
+
+def _rows_of(impl: Impl, student: Tensor) -> Callable[..., StudentRows]:
+    op = _student_rows if _fused(impl, student) else _student_rows_reference
+    return op.student_rows
 
 
 def _needs_normaliser(objective: ObjectiveLike, q: Level) -> bool:
@@ -721,6 +742,7 @@ def _td_output(
     ignore_index: int,
     reduction: Reduction,
     num_items_in_batch: Tensor | float | None,
+    impl: Impl,
 ) -> TDOutput:
     """All that is ``[N, k]``: from the student's scaled logits on the sets, ``z``, to the loss."""
     _within("gamma", gamma, 0.0, 1.0)
@@ -742,7 +764,7 @@ def _td_output(
     successor = torch.where(state & exists, successor, -2)
 
     valid = (ids >= 0) & state.unsqueeze(-1)
-    value = torch.where(state, _soft_value.soft_value(z), 0.0)
+    value = torch.where(state, soft_value(z, impl=impl), 0.0)
     log_mass = log_tail = None
     if log_rest is not None:
         log_z = torch.where(state, torch.logaddexp(value, log_rest), 0.0)
@@ -759,7 +781,7 @@ def _td_output(
         slot=here.int().argmax(-1) * state,
         value=value,
         # at gamma = 0 an infinite V' is of no concern
-        next_value=_td_target.next_value(value, successor if gamma else successor.clamp(max=-1)),
+        next_value=next_value(value, successor if gamma else successor.clamp(max=-1)),
         successor=successor,
         state=state,
         gamma=gamma,
@@ -791,6 +813,17 @@ def _accumulated(x: Tensor) -> Tensor:
 
 
 # What the ops refuse. Each message names the argument, what was expected and what came.
+
+
+def _fused(impl: str, *tensors: Tensor) -> bool:
+    """Whether the kernel takes these tensors and is wanted."""
+    _choice("impl", impl, ("auto", "reference", "fused"))
+    if impl == "reference":
+        return False
+    reason = _native.why_not(*tensors)
+    if impl == "fused" and reason is not None:
+        raise NotImplementedError(f'impl: expected "auto" or "reference", got "fused": {reason}')
+    return reason is None
 
 
 def _no_kernel(op: str, impl: str) -> None:
@@ -954,8 +987,10 @@ def _tokens_fit(tokens: Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
-def _usable(name: str, x: Tensor) -> None:
+def _usable(name: str, x: Tensor, state: Tensor | None = None) -> None:
     bad = (x.isnan() | (x == torch.inf)).any(-1) | ~(x != -torch.inf).any(-1)
+    if state is not None:
+        bad &= state
     if bool(bad.any()):
         row = int(bad.flatten().int().argmax())
         raise ValueError(

@@ -44,6 +44,15 @@ class ActionSet(NamedTuple):
         return self.log_probs.exp().sum(-1)
 
 
+class StudentRows(NamedTuple):
+    """What is left of a student's row of logits: its values on a set, and the mass of the rest."""
+
+    z: Tensor
+    """float32 ``[..., k]``: scaled logits at the ids; -inf where padded."""
+    log_rest: Tensor
+    """float32 ``[...]``: logsumexp of the scaled logits at every column but the ids."""
+
+
 class Vocabulary(NamedTuple):
     """A weighted subset of the vocabulary, from which ``log Z`` is estimated."""
 

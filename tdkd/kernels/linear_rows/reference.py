@@ -4,25 +4,17 @@ What ``linear_gather_q``, ``linear_logsumexp`` and ``linear_td_loss`` share: log
 chunk of rows at a time and are computed again in backward.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tdkd.kernels.gather_q.reference import gather_q, scaled
-from tdkd.kernels.soft_value.reference import soft_value
-from tdkd.types import Scale, Vocabulary
+from tdkd.kernels.gather_q.reference import scaled
+from tdkd.kernels.student_rows.reference import student_rows
+from tdkd.types import Scale, StudentRows, Vocabulary
 
 CHUNK_ELEMENTS = 1 << 24
-
-
-class StudentRows(NamedTuple):
-    z: Tensor
-    """``[N, k]``: scaled logits at the ids; -inf where padded."""
-    log_rest: Tensor
-    """``[N]``: logsumexp of the scaled logits at every column but the ids."""
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
@@ -38,23 +30,6 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
 
 
-def dense_rows(
-    logits: Tensor, ids: Tensor, scale: Scale, log_weight: Tensor | None = None
-) -> StudentRows:
-    """The reduction itself, over ``logits [N, V]`` and ``ids [N, k]``."""
-    z = gather_q(logits, ids, scale)
-    rest = scaled(logits, scale)
-    if log_weight is not None:
-        rest = rest + log_weight
-    if rest.shape[-1] and ids.shape[-1]:
-        # padded slots point at a spare column
-        inside = torch.zeros(
-            (*rest.shape[:-1], rest.shape[-1] + 1), dtype=torch.bool, device=rest.device
-        ).scatter_(-1, torch.where(ids < 0, rest.shape[-1], ids.long()), True)[..., :-1]
-        rest = rest.masked_fill(inside, -torch.inf)
-    return StudentRows(z, soft_value(rest))
-
-
 def linear_rows(
     hidden: Tensor,
     weight: Tensor,
@@ -62,10 +37,13 @@ def linear_rows(
     ids: Tensor,
     scale: Scale,
     vocabulary: Vocabulary | None = None,
+    *,
+    student_rows: Callable[..., StudentRows] = student_rows,
 ) -> StudentRows:
-    """``dense_rows(hidden @ weight.T + bias, ids)`` over ``hidden [N, H]``, chunk by chunk.
+    """``student_rows(hidden @ weight.T + bias, ids)`` over ``hidden [N, H]``, chunk by chunk.
 
     With a vocabulary only its columns exist, and the rest's mass is its weighted estimate.
+    ``student_rows`` reduces the logits of a chunk: the reference, or a kernel.
     """
     # Cast once, outside the chunks: autograd then sums their head gradients in float32.
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -79,7 +57,8 @@ def linear_rows(
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def part(hidden: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None) -> StudentRows:
-        return dense_rows(head_logits(hidden, weight, bias), ids, scale, log_weight)
+        logits = head_logits(hidden, weight, bias)
+        return student_rows(logits, ids, scale, log_weight=log_weight)
 
     parts = [
         checkpoint(

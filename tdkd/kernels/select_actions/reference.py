@@ -31,14 +31,24 @@ def top_ids(logits: Tensor, k: int) -> Tensor:
 
 
 def select_actions(
-    logits: Tensor, k: int, top_p: float, scale: Scale, include: Tensor | None
+    logits: Tensor,
+    k: int,
+    top_p: float,
+    scale: Scale,
+    include: Tensor | None,
+    state: Tensor | None = None,
 ) -> ActionSet:
-    """Top-p prefix of (probability descending, id ascending), cut at ``k``."""
+    """Top-p prefix of (probability descending, id ascending), cut at ``k``.
+
+    Rows where ``state`` (bool ``[...]``) is False have an empty set.
+    """
     logits = logits.detach()
     vocab = logits.shape[-1]
     if vocab == 0:
         return _empty(logits, k)
     usable = ~(logits.isnan() | (logits == torch.inf)).any(-1) & (logits != -torch.inf).any(-1)
+    if state is not None:
+        usable = usable & state
     logits = torch.where(usable.unsqueeze(-1), logits, 0.0)
 
     kept = min(k, vocab)

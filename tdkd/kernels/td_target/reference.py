@@ -12,9 +12,11 @@ def next_value(value: Tensor, successor: Tensor) -> Tensor:
 
 
 def td_target(
-    value: Tensor, successor: Tensor, reward: Tensor, *, gamma: float, lam: float | None
+    value: Tensor, successor: Tensor, reward: Tensor | None, *, gamma: float, lam: float | None
 ) -> Tensor:
     """Flat rows ``[N]``: ``r + gamma V'``, or the TD(lambda) return of the chain of successors."""
+    successor = successor.long()
+    reward = torch.zeros_like(value) if reward is None else reward
     known = successor != -2
     future = gamma * next_value(value, successor) if gamma else torch.zeros_like(value)
     target = torch.where(known, reward + future, value)

@@ -1,0 +1,108 @@
+// The action set of one row. No include guard: included once for each instruction set.
+//
+// A *group* is one lane of a block: block_vectors elements, one maximum. The k-th largest group
+// maximum, t, is no larger than the k-th largest element, since k groups hold an element >= t; so
+// the top k are among the elements >= t, and those above t lie in fewer than k groups. One read of
+// the row leaves its group maxima and its sum of exponentials; a second look at the few blocks that
+// reach t finds the members.
+
+inline int64_t count_at_least(const float* x, int64_t n, float t) {
+  int64_t count = 0, i = 0;
+  for (; i + Vec::width <= n; i += Vec::width) count += std::popcount(at_least(load(x + i), all(t)));
+  for (; i < n; ++i) count += x[i] >= t;
+  return count;
+}
+
+/// A t with count(x >= t) >= k and count(x > t) <= k: the k-th largest, or a number between it and
+/// the next; -FLT_MAX where fewer than k are finite. No NaN. Bisects the ordered bits of floats.
+inline float threshold(const float* x, int64_t n, int64_t k) {
+  if (n < k || count_at_least(x, n, -FLT_MAX) < k) return -FLT_MAX;
+  float low = INFINITY, high = -INFINITY;
+  for (int64_t i = 0; i < n; ++i) {
+    low = std::min(low, x[i]);
+    high = std::max(high, x[i]);
+  }
+  int64_t a = ordered(std::max(low, -FLT_MAX)), b = int64_t(ordered(high)) + 1;
+  while (b - a > 1) {
+    int64_t middle = a + (b - a) / 2;
+    int64_t count = count_at_least(x, n, from_ordered(int32_t(middle)));
+    (count >= k ? a : b) = middle;
+    if (count == k) break;
+  }
+  return from_ordered(int32_t(a));
+}
+
+/// Appends the elements of one block that are above t, and `ties` of those that equal it.
+template <class T>
+inline void collect(const T* block, int64_t first_id, float t, Candidates& found) {
+  for (int j = 0; j < block_vectors; ++j) {
+    unsigned hits = at_least(load(block + j * Vec::width), all(t));
+    for (; hits; hits &= hits - 1) {
+      int i = j * Vec::width + std::countr_zero(hits);
+      found.push(to_float(block[i]), int32_t(first_id + i), t);
+    }
+  }
+}
+
+template <class T, bool capped>
+void select_row(const T* x, int64_t n, const Selection& how, int64_t taken, SelectScratch& scratch,
+                int32_t* ids, float* log_probs, int32_t* count) {
+  const int64_t k = how.k, whole = n / block_size, blocks = (n + block_size - 1) / block_size;
+  constexpr int width = Vec::width;
+  float* groups = scratch.groups.data();
+  float* supergroups = scratch.supergroups.data();  // maxima over as many blocks as a block has vectors
+  float rest[block_size];
+  copy_block(x + whole * block_size, n - whole * block_size, rest);
+
+  RowSum<capped> row(how.scale);
+  int64_t used = 0;
+  Vec top = all(-INFINITY), highest_top = top;
+  for (int64_t b = 0; b < blocks; ++b) {
+    Vec maxima = b < whole ? row.add(x + b * block_size) : row.add(rest);
+    store(groups + b * width, maxima);
+    top = max(maxima, top);
+    if (b % block_vectors == block_vectors - 1 || b == blocks - 1) {
+      store(supergroups + used * width, top);
+      ++used;
+      highest_top = max(top, highest_top);
+      top = all(-INFINITY);
+      row.flush();
+    }
+  }
+  const float best = n ? highest(highest_top) : -INFINITY;
+  const double log_z = best == -INFINITY ? 0 : row.log();
+  if (best == -INFINITY || best == INFINITY || std::isnan(log_z)) {
+    return write_empty(k, ids, log_probs, count);
+  }
+
+  float t = -FLT_MAX;
+  if (used * width >= k) {
+    t = threshold(supergroups, used * width, k);
+    // the groups above it are fewer than k * block_vectors, and those that tie need no look
+    scratch.shortlist.clear();
+    for (int64_t g = 0; g < blocks * width; g += width) {
+      for (unsigned hits = greater(load(groups + g), all(t)); hits; hits &= hits - 1) {
+        scratch.shortlist.push_back(groups[g + std::countr_zero(hits)]);
+      }
+    }
+    int64_t above = int64_t(scratch.shortlist.size());
+    if (above >= k) t = threshold(scratch.shortlist.data(), above, k);
+  } else if (blocks * width >= k) {
+    t = threshold(groups, blocks * width, k);
+  }
+
+  Candidates& found = scratch.found;
+  found.clear(k);
+  for (int64_t b = 0; b < blocks; ++b) {
+    Vec maxima = load(groups + b * width);
+    if (!(found.ties ? at_least(maxima, all(t)) : greater(maxima, all(t)))) continue;
+    if (b < whole) {
+      collect(x + b * block_size, b * block_size, t, found);
+    } else {
+      collect(rest, b * block_size, t, found);
+    }
+  }
+  if (found.size() > k) found.keep(threshold(found.values.data(), found.size(), k), k);
+  found.sort();
+  write_set(found, how, log_z, taken, taken >= 0 ? to_float(x[taken]) : 0.0f, ids, log_probs, count);
+}
