@@ -25,7 +25,7 @@ struct RowSum {
     for (;;) {
       Vec top[2] = {all(-INFINITY), all(-INFINITY)};
       Vec terms[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
-#pragma GCC unroll 4
+#pragma GCC unroll 1
       for (int j = 0; j < block_vectors; j += 4) {
         Vec a = load(x + j * Vec::width), b = load(x + (j + 1) * Vec::width);
         Vec c = load(x + (j + 2) * Vec::width), d = load(x + (j + 3) * Vec::width);

@@ -14,22 +14,28 @@ inline int64_t count_at_least(const float* x, int64_t n, float t) {
 }
 
 /// A t with count(x >= t) >= k and count(x > t) <= k: the k-th largest, or a number between it and
-/// the next; -FLT_MAX where fewer than k are finite. No NaN. Bisects the ordered bits of floats.
-inline float threshold(const float* x, int64_t n, int64_t k) {
+/// the next; -FLT_MAX where fewer than k are finite. No NaN; nothing above `best`. Gallops down from
+/// there and then bisects, over the ordered bits of floats.
+inline float threshold(const float* x, int64_t n, int64_t k, float best) {
+  const int64_t floor = ordered(-FLT_MAX);
   if (n < k || count_at_least(x, n, -FLT_MAX) < k) return -FLT_MAX;
-  float low = INFINITY, high = -INFINITY;
-  for (int64_t i = 0; i < n; ++i) {
-    low = std::min(low, x[i]);
-    high = std::max(high, x[i]);
+  int64_t above = int64_t(ordered(best)) + 1, low = above, count = 0;
+  for (int64_t step = 1 << 20; count < k; step *= 2) {
+    if (low < above) above = low;
+    low = std::max(above - step, floor);
+    count = count_at_least(x, n, from_ordered(int32_t(low)));
   }
-  int64_t a = ordered(std::max(low, -FLT_MAX)), b = int64_t(ordered(high)) + 1;
-  while (b - a > 1) {
-    int64_t middle = a + (b - a) / 2;
-    int64_t count = count_at_least(x, n, from_ordered(int32_t(middle)));
-    (count >= k ? a : b) = middle;
-    if (count == k) break;
+  while (above - low > 1 && count != k) {
+    int64_t middle = low + (above - low) / 2;
+    int64_t inside = count_at_least(x, n, from_ordered(int32_t(middle)));
+    if (inside >= k) {
+      low = middle;
+      count = inside;
+    } else {
+      above = middle;
+    }
   }
-  return from_ordered(int32_t(a));
+  return from_ordered(int32_t(low));
 }
 
 /// Appends the elements of one block that are above t, and `ties` of those that equal it.
@@ -77,7 +83,7 @@ void select_row(const T* x, int64_t n, const Selection& how, int64_t taken, Sele
 
   float t = -FLT_MAX;
   if (used * width >= k) {
-    t = threshold(supergroups, used * width, k);
+    t = threshold(supergroups, used * width, k, best);
     // the groups above it are fewer than k * block_vectors, and those that tie need no look
     scratch.shortlist.clear();
     for (int64_t g = 0; g < blocks * width; g += width) {
@@ -86,9 +92,9 @@ void select_row(const T* x, int64_t n, const Selection& how, int64_t taken, Sele
       }
     }
     int64_t above = int64_t(scratch.shortlist.size());
-    if (above >= k) t = threshold(scratch.shortlist.data(), above, k);
+    if (above >= k) t = threshold(scratch.shortlist.data(), above, k, best);
   } else if (blocks * width >= k) {
-    t = threshold(groups, blocks * width, k);
+    t = threshold(groups, blocks * width, k, best);
   }
 
   Candidates& found = scratch.found;
@@ -102,7 +108,7 @@ void select_row(const T* x, int64_t n, const Selection& how, int64_t taken, Sele
       collect(rest, b * block_size, t, found);
     }
   }
-  if (found.size() > k) found.keep(threshold(found.values.data(), found.size(), k), k);
+  if (found.size() > k) found.keep(threshold(found.values.data(), found.size(), k, best), k);
   found.sort();
   write_set(found, how, log_z, taken, taken >= 0 ? to_float(x[taken]) : 0.0f, ids, log_probs, count);
 }

@@ -425,10 +425,24 @@ def linear_select_actions(
         _tokens("include", include, lead, hidden)
         if check:
             _ids_below("include", include, weight.shape[0])
-        include = include.reshape(-1)
     if check:
         _usable("hidden", hidden)
-    select = _select_actions if _fused(impl, hidden) else _select_actions_reference
+    return _select_from_head(hidden, weight, bias, k, top_p, scale, include, None, impl)
+
+
+def _select_from_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    top_p: float,
+    scale: Scale,
+    include: Tensor | None,
+    state: Tensor | None,
+    impl: Impl,
+) -> ActionSet:
+    lead = hidden.shape[:-1]
+    op = _select_actions if _fused(impl, hidden) else _select_actions_reference
     actions = _linear_select_actions.linear_select_actions(
         hidden.reshape(lead.numel(), hidden.shape[-1]),
         weight,
@@ -436,8 +450,9 @@ def linear_select_actions(
         k,
         top_p,
         scale,
-        include,
-        select_actions=select.select_actions,
+        None if include is None else include.reshape(-1),
+        None if state is None else state.reshape(-1),
+        select_actions=op.select_actions,
     )
     return ActionSet(*(column.view((*lead, *column.shape[1:])) for column in actions))
 
@@ -632,7 +647,7 @@ def linear_td_loss(
     _tokens("tokens", tokens, lead, student_hidden)
     _choice("normaliser", normaliser, ("exact", "batch"))
     scale = _scale("", temperature, softcap, logit_scale)
-    include = torch.where(tokens == ignore_index, -1, tokens)
+    state = tokens != ignore_index
     if check:
         _tokens_fit(tokens, weight.shape[0], ignore_index)
 
@@ -665,19 +680,28 @@ def linear_td_loss(
         _same_vocabulary(
             "teacher_weight", teacher_weight.shape[0], student_weight.shape[0], vocab_size
         )
-        actions = linear_select_actions(
+        _selection(k, top_p)
+        teacher_weight, teacher_bias = _head(
+            "teacher_hidden",
+            teacher_hidden,
+            "teacher_weight",
+            teacher_weight,
+            "teacher_bias",
+            teacher_bias,
+            vocab_size,
+        )
+        if check:
+            _usable("teacher_hidden", teacher_hidden, state)
+        actions = _select_from_head(
             teacher_hidden,
             teacher_weight,
+            teacher_bias,
             k,
             top_p,
-            bias=teacher_bias,
-            temperature=teacher_temperature,
-            include=include,
-            vocab_size=vocab_size,
-            softcap=teacher_softcap,
-            logit_scale=teacher_logit_scale,
-            check=check,
-            impl=impl,
+            _scale("teacher_", teacher_temperature, teacher_softcap, teacher_logit_scale),
+            torch.where(state, tokens, -1),
+            state,
+            impl,
         )
     else:
         _set_ids("actions", actions.ids, lead, student_hidden)
@@ -686,10 +710,10 @@ def linear_td_loss(
 
     # rows that are no states have no say in which columns exist, nor in the head's gradient, where
     # a NaN of theirs would survive as 0 * NaN
-    state = (tokens != ignore_index).unsqueeze(-1)
-    flat = torch.where(state, student_hidden, 0.0)
+    here = state.unsqueeze(-1)
+    flat = torch.where(here, student_hidden, 0.0)
     flat = flat.reshape(tokens.numel(), student_hidden.shape[-1])
-    used = actions._replace(ids=torch.where(state, actions.ids, -1))
+    used = actions._replace(ids=torch.where(here, actions.ids, -1))
     ids = used.ids.reshape(tokens.numel(), used.ids.shape[-1])
     objective = IQLearn() if objective is None else objective
     if _needs_normaliser(objective, q):

@@ -18,6 +18,7 @@ def linear_select_actions(
     top_p: float,
     scale: Scale,
     include: Tensor | None,
+    state: Tensor | None = None,
     *,
     select_actions: Callable[..., ActionSet] = select_actions,
 ) -> ActionSet:
@@ -35,6 +36,7 @@ def linear_select_actions(
             top_p,
             scale,
             None if include is None else include[rows],
+            None if state is None else state[rows],
         )
         for rows in row_chunks(hidden.shape[0], weight.shape[0])
     ]
