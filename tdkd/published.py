@@ -90,7 +90,8 @@ def published_loss(
             raise ValueError(f"{name}: expected a number > 0, got {number!r}")
     if support is None:
         _expect("teacher_logits", teacher_logits, shape)
-        ids = select_actions(teacher_logits, k=shape[-1], top_p=top_p).ids.long()
+        selected = select_actions(teacher_logits, k=shape[-1], top_p=top_p, impl="reference")
+        ids = selected.ids.long()
         # padded slots point at a spare column
         members = torch.where(ids < 0, shape[-1], ids)
         support = tokens.new_zeros((*shape[:2], shape[-1] + 1), dtype=torch.bool)

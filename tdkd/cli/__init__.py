@@ -102,6 +102,46 @@ def _evaluate(
     )
 
 
+@app.command("bench")
+def _bench(
+    suite: Annotated[str, typer.Option(help="quick, cpu or adversarial")] = "quick",
+    op: Annotated[str | None, typer.Option(help="select_actions or td_loss alone")] = None,
+    vocab: Annotated[
+        list[int] | None, typer.Option(help="in place of the suite's; may be repeated")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="in place of the suite's")] = None,
+    k: Annotated[list[int] | None, typer.Option(help="likewise; may be repeated")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, bfloat16, float16; may be repeated")
+    ] = None,
+    logits: Annotated[
+        list[str] | None, typer.Option(help="random, peaked, ascending ...; may be repeated")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="times of each rival; slow ones get fewer")] = 10,
+    threads: Annotated[int | None, typer.Option(help="of torch; its own choice without")] = None,
+    output: Annotated[str, typer.Option(help="directory to write to")] = "benchmarks/results",
+    name: Annotated[str | None, typer.Option(help="of the files, without extension")] = None,
+    compile: Annotated[bool, typer.Option(help="also time what torch.compile makes")] = True,
+) -> None:
+    """Time the ops, and count their memory, against what else one could call."""
+    from tdkd.cli.bench import run
+
+    run(
+        suite=suite,
+        op=op,
+        vocab=vocab or [],
+        rows=rows,
+        k=k or [],
+        dtype=dtype or [],
+        logits=logits or [],
+        rounds=rounds,
+        threads=threads,
+        output=output,
+        name=name,
+        compile=compile,
+    )
+
+
 @app.command(
     "distill",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

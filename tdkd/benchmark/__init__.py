@@ -1,0 +1,1 @@
+"""What ``tdkd bench`` measures: cases, rivals, the measurement, the report."""

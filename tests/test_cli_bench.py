@@ -1,0 +1,277 @@
+"""tdkd bench: what it writes, what it refuses, how it measures. No time is asserted."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tdkd.benchmark import report
+from tdkd.benchmark.cases import MAX_COPIES, SUITES, Case, choose, make_inputs
+from tdkd.benchmark.measure import allocations, compared, measure, order, peak_extra_bytes
+from tdkd.benchmark.rivals import RIVALS, Rival, Skip
+from tdkd.cli import app
+from tdkd.errors import UserError
+from tdkd.testing import LOGITS, make_logits
+
+TINY = Case("select_actions", rows=8, vocab=512, k=4)
+SMALL = ["--rows", "8", "--vocab", "512", "--k", "4", "--rounds", "2", "--no-compile"]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """Directory of a tiny run of the quick suite, and the JSON in it."""
+    output = tmp_path_factory.mktemp("bench")
+    done = CliRunner().invoke(app, ["bench", *SMALL, "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    assert "quick-part.json" in done.output
+    return output, json.loads((output / "quick-part.json").read_text())
+
+
+def rival(name, run=None, **options):
+    """A rival that calls ``run`` with the inputs."""
+    return Rival(name, lambda case: run or (lambda inputs: inputs.teacher.amax(-1)), **options)
+
+
+def test_the_json_says_on_what_and_with_what(bench):
+    output, run = bench
+    assert run["schema"] == report.SCHEMA
+    assert run["date"].endswith("+00:00")
+    assert (run["suite"], run["rounds"]) == ("quick", 2)
+    assert run["threads"] == torch.get_num_threads()
+    assert set(run["machine"]) == {"cpu", "cores", "capability", "memory_bytes", "system"}
+    assert set(run["versions"]) == {"python", "torch", "tdkd", "triton", "liger_kernel"}
+    assert run["versions"]["torch"] == torch.__version__
+    assert run["git"] is None or set(run["git"]) == {"commit", "dirty"}
+    text = json.dumps(run)
+    assert str(output) not in text
+    assert os.getcwd() not in text
+
+
+def test_every_rival_is_measured_or_has_a_reason(bench):
+    _, run = bench
+    assert [(c["op"], c["dtype"]) for c in run["cases"]] == [
+        ("select_actions", "float32"),
+        ("select_actions", "bfloat16"),
+        ("td_loss", "float32"),
+    ]
+    for case in run["cases"]:
+        assert (case["rows"], case["vocab"], case["k"]) == (8, 512, 4)
+        assert [r["rival"] for r in case["rivals"]] == [r.name for r in RIVALS[case["op"]]]
+        for result in case["rivals"]:
+            if result["skipped"] is not None:
+                assert result["skipped"]
+                assert result["median_s"] is None
+                continue
+            times = result["times_s"]
+            assert len(times) == (1 if result["rival"] == "published" else 2)
+            low, high = result["quartiles_s"]
+            assert min(times) <= low <= result["median_s"] <= high <= max(times)
+        by_name = {r["rival"]: r for r in case["rivals"]}
+        assert by_name["torch.compile"]["skipped"] == "left out by --no-compile"
+        assert by_name["tdkd reference"]["skipped"] is None
+        size = 8 * 512 * (2 if case["dtype"] == "bfloat16" else 4)
+        passes = (2, 4) if case["op"] == "td_loss" else (1, 1)
+        assert by_name["amax"]["bytes_moved"] == passes[0] * size
+        assert by_name["tdkd reference"]["bytes_moved"] == passes[1] * size
+        assert by_name["amax"]["share_of_amax"] == 1.0
+    # bandwidth is not what bounds products of matrices
+    assert by_name["tdkd linear"]["gb_per_s"] is None
+    assert by_name["tdkd linear"]["ratio"] == 1.0
+
+
+def test_the_picture_opens(bench):
+    image = pytest.importorskip("matplotlib.image")
+    height, width, _ = image.imread(bench[0] / "quick-part.png").shape
+    assert height > 100
+    assert width > 100
+
+
+def test_without_matplotlib_the_json_is_written(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    args = [*SMALL, "--op", "select_actions", "--name", "mine", "--output", str(tmp_path)]
+    done = CliRunner().invoke(app, ["bench", *args])
+    assert done.exit_code == 0, done.output
+    assert 'matplotlib is missing: pip install "tdkd[train]"' in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
+
+
+@pytest.mark.parametrize(
+    "args,says",
+    [
+        (["--suite", "slow"], "suite: expected one of quick, cpu"),
+        (["--op", "soft_value"], "op: expected one of select_actions, td_loss, got soft_value"),
+        (["--suite", "adversarial", "--op", "td_loss"], "op: expected one of suite adversarial"),
+        (["--dtype", "int8"], "dtype: expected one of float32, bfloat16, float16, got int8"),
+        (["--logits", "flat"], "logits: expected one of random, peaked"),
+        (["--rows", "0"], "rows: expected a number >= 1, got 0"),
+        (["--vocab", "1"], "vocab: expected a number >= 2, got 1"),
+        (["--k", "0"], "k: expected a number >= 1, got 0"),
+        (["--rounds", "0"], "rounds: expected a number >= 1, got 0"),
+        (["--threads", "0"], "threads: expected a number >= 1, got 0"),
+        (["--name", "a/b"], "name: expected a file name"),
+    ],
+)
+def test_what_it_refuses(tmp_path, args, says):
+    done = CliRunner().invoke(app, ["bench", "--output", str(tmp_path / "out"), *args])
+    assert isinstance(done.exception, UserError)
+    assert says in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(app, ["bench", "--output", str(tmp_path / "file")])
+    assert isinstance(done.exception, UserError)
+    assert "output: expected a directory" in str(done.exception)
+
+
+def test_fields_of_a_suite_are_replaced_in_every_combination():
+    assert choose("cpu") == SUITES["cpu"]
+    cases = choose("quick", "select_actions", vocab=[512, 1024], dtype=["float16"], k=[])
+    assert [(c.vocab, c.dtype, c.rows) for c in cases] == [
+        (512, "float16", 512),
+        (1024, "float16", 512),
+    ]
+
+
+@pytest.mark.parametrize("case", [TINY, Case("td_loss", 8, 512)])
+def test_copies_of_the_inputs_are_equal_and_apart(case):
+    copies = make_inputs(case)
+    assert len(copies) == MAX_COPIES
+    assert len({inputs.teacher.data_ptr() for inputs in copies}) == MAX_COPIES
+    assert copies[0].teacher.equal(copies[-1].teacher)
+    if case.op == "td_loss":
+        assert len({inputs.student.data_ptr() for inputs in copies}) == MAX_COPIES
+        assert all(inputs.student.requires_grad for inputs in copies)
+        assert copies[0].tokens.min() >= 1
+
+
+def test_rounds_are_interleaved_and_copies_rotate():
+    assert [order(turn, 3) for turn in range(4)] == [[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 1, 2]]
+    heard = []
+
+    def named(name, **options):
+        return rival(
+            name, lambda inputs: heard.append((name, inputs.teacher.data_ptr())), **options
+        )
+
+    rivals = [named("a"), named("b"), named("c", warm=False, max_rounds=1)]
+    a, b, c = measure(TINY, rivals, rounds=3)
+    # one call of each, three rounds without c, which counts its first call; then memory
+    assert "".join(name for name, _ in heard[:9]) == "abc" + "ab" + "ba" + "ab"
+    assert all(one != other for (_, one), (_, other) in zip(heard[:8], heard[1:9], strict=True))
+    assert [len(result.times_s) for result in (a, b, c)] == [3, 3, 1]
+    assert c.times_s == (c.first_call_s,)
+
+
+def test_a_rival_that_cannot_run_is_skipped_with_its_reason():
+    def no_kernel(inputs):
+        raise NotImplementedError('expected "auto", got "fused"\nand more')
+
+    def not_here(case):
+        raise Skip("not on this case")
+
+    def elsewhere(inputs):
+        raise RuntimeError("no compiler at /home/someone/bin/g++")
+
+    rivals = [
+        rival("amax", passes=1),
+        rival("tdkd", no_kernel, passes=1),
+        Rival("b", not_here),
+        rival("c", compiles=True),
+        rival("d", elsewhere),
+    ]
+    anchor, *skipped = measure(TINY, rivals, rounds=1, compile=False)
+    assert [result.skipped for result in skipped] == [
+        'NotImplementedError: expected "auto", got "fused"',
+        "not on this case",
+        "left out by --no-compile",
+        "RuntimeError: no compiler at g++",
+    ]
+    assert all(result.times_s == () for result in skipped)
+    assert anchor.skipped is None
+    assert anchor.ratio is None  # nothing to compare with
+
+
+def test_ratio_and_share():
+    amax, tdkd, none = measure(
+        TINY, [rival("amax", passes=1), rival("tdkd", passes=2), rival("x")], rounds=1
+    )
+    amax, tdkd, none = compared(
+        [
+            amax._replace(median_s=1.0, gb_per_s=10.0),
+            tdkd._replace(median_s=4.0, gb_per_s=5.0),
+            none._replace(median_s=2.0),
+        ]
+    )
+    assert (amax.ratio, tdkd.ratio, none.ratio) == (0.25, 1.0, 0.5)
+    assert (amax.share_of_amax, tdkd.share_of_amax, none.share_of_amax) == (1.0, 0.5, None)
+
+
+def test_memory_of_a_call_is_seen():
+    inputs = make_inputs(TINY)[0]
+    least = TINY.logits_bytes
+    assert allocations(lambda x: x.teacher.amax(-1), inputs, least) == 0
+    assert allocations(lambda x: (x.teacher + 1).exp(), inputs, least) == 2
+    peak = peak_extra_bytes(lambda x: torch.ones(16 << 20).sum(), inputs)
+    if peak is None:
+        pytest.skip("no /proc/self/clear_refs")
+    # Linux counts pages in batches: a few hundred KB may be missing
+    assert peak > 60 << 20
+
+
+def test_json_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "run.json"
+    report.write_json(path, {"whole": True})
+    with pytest.raises(TypeError):
+        report.write_json(path, {"torn": object()})
+    assert json.loads(path.read_text()) == {"whole": True}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_are_what_their_kind_says(kind, dtype):
+    def make(rows=64, vocab=4096):
+        return make_logits(kind, rows, vocab, dtype, torch.Generator().manual_seed(0))
+
+    logits = make()
+    assert logits.shape == (64, 4096)
+    assert logits.dtype == dtype
+    assert logits.is_contiguous()
+    assert torch.equal(logits.nan_to_num(7.0), make().nan_to_num(7.0))
+    assert make(rows=0).shape == (0, 4096)
+    assert make(vocab=1).shape == (64, 1)
+    z = logits.float()
+    steps = z.diff(dim=-1)
+    if kind == "nan":
+        assert (z.isnan().sum(-1) == 1).all()
+        return
+    assert not z.isnan().any()
+    if kind == "masked":
+        assert (z == -torch.inf).all()
+        return
+    assert z.isfinite().all()
+    if kind == "random":
+        assert z.std() == pytest.approx(2.5, rel=0.02)  # 262144 draws: 0.14% at one sigma
+    elif kind == "peaked":
+        assert 0.5 < z.softmax(-1).amax(-1).mean() < 0.7
+    elif kind == "constant":
+        assert (steps == 0).all()
+    elif kind == "spike":
+        assert (z.argmax(-1) == 4095).all()
+        assert z.amax() > 9000
+    else:
+        rising = steps if kind == "ascending" else -steps
+        assert (rising >= 0).all()
+        assert (rising > 0).all() or dtype != torch.float32
+
+
+def test_unknown_logits_are_refused():
+    with pytest.raises(UserError, match="logits: expected one of"):
+        make_logits("flat", 1, 2, torch.float32, torch.Generator())
+    with pytest.raises(UserError, match="vocab: expected"):
+        make_logits("random", 1, 0, torch.float32, torch.Generator())

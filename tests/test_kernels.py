@@ -1,0 +1,565 @@
+"""The CPU kernels against the reference: sets bit for bit, values and gradients within a budget.
+
+Budget: |kernel - float64| <= |reference in float32 - float64| + a few units in the last place.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from tdkd import ops
+from tdkd.kernels import gather_q, native, select_actions, soft_value, student_rows, td_target
+from tdkd.kernels.student_rows import reference as student_rows_reference
+from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn
+from tdkd.types import Scale
+
+pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
+
+ISAS = ["portable", "avx2", "avx512"]
+if native.MISSING is None:
+    ISAS = ISAS[: ISAS.index(native.capability()) + 1]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SCALES = [Scale(), Scale(1.7), Scale(0.6, 5.0, 0.8)]
+INF = torch.inf
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("TDKD_CPU_CAPABILITY", request.param)
+    return request.param
+
+
+def make_rows(vocab, dtype, seed=0):
+    """Rows of every kind that once broke a selection: one kind a row."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(14, vocab, generator=generator) * 2.5
+    spread = torch.arange(vocab, dtype=torch.float32)
+    x[1] = 0.0
+    x[2] = spread / 100
+    x[3] = -spread / 100
+    x[4, vocab // 2 :] = -INF
+    x[5] = x[5].round()
+    x[6] = -INF
+    x[7, vocab // 3] = torch.nan
+    x[8, -1] = INF
+    x[9] = -3e4
+    x[9, -1] = 3e4
+    x[10] = torch.where(spread % 2 == 0, 0.0, -0.0)
+    x[11] = -INF
+    x[11, vocab // 2] = -7.0
+    x[12] = spread * (2000.0 / max(vocab, 1)) - 1000.0
+    x[13] = x[13] * 1e-40 if dtype == torch.float32 else x[13] * 1e-3
+    return x.to(dtype)
+
+
+def ulps(got, expected, wanted):
+    """Largest excess of |got - wanted| over |expected - wanted|, in units of wanted's last place."""
+    finite = wanted.isfinite()
+    assert torch.equal(got[~finite].double(), wanted[~finite])
+    got, expected, wanted = (x.double()[finite] for x in (got, expected, wanted))
+    if not wanted.numel():
+        return 0.0
+    last = torch.maximum(wanted.abs(), torch.tensor(1.0)) * torch.finfo(torch.float32).eps
+    return float((((got - wanted).abs() - (expected - wanted).abs()) / last).max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 2, 17, 127, 128, 256, 257, 1000, 4100])
+def test_sets_equal_the_reference_bit_for_bit(isa, vocab, dtype):
+    logits = make_rows(vocab, dtype)
+    taken = torch.randint(-1, vocab, logits.shape[:1], generator=torch.Generator().manual_seed(1))
+    for k in (1, 2, 64, 300, 1024):
+        for top_p in (1.0, 0.9, 0.3):
+            for scale in SCALES:
+                options = {
+                    "include": taken,
+                    "temperature": scale.temperature,
+                    "softcap": scale.softcap,
+                    "logit_scale": scale.logit_scale,
+                }
+                got = ops.select_actions(logits, k, top_p, impl="fused", **options)
+                expected = ops.select_actions(logits, k, top_p, impl="reference", **options)
+                assert torch.equal(got.ids, expected.ids), (k, top_p, scale)
+                assert torch.equal(got.count, expected.count), (k, top_p, scale)
+                exact = ops.select_actions(
+                    logits.double(), vocab, 1.0, **{**options, "include": None}, impl="reference"
+                )
+                dense = torch.full((14, vocab + 1), -INF, dtype=torch.float64)
+                dense.scatter_(
+                    1, torch.where(exact.ids < 0, vocab, exact.ids).long(), exact.log_probs
+                )
+                dense[:, vocab] = -INF
+                wanted = dense.gather(1, torch.where(got.ids < 0, vocab, got.ids).long())
+                peak = logits.double().abs().nan_to_num(0, 0, 0).amax(-1, keepdim=True)
+                peak = peak * scale.logit_scale / scale.temperature
+                # log pi is a difference of logits: their last place is the unit
+                allowed = 4 * torch.finfo(torch.float32).eps * (peak + 12)
+                finite = wanted.isfinite()
+                assert torch.equal(got.log_probs.double()[~finite], wanted[~finite])
+                error = (got.log_probs.double() - wanted)[finite].abs()
+                assert (error <= allowed.expand_as(wanted)[finite]).all(), (k, top_p, scale)
+
+
+def test_logsumexp_to_two_millionths(isa):
+    generator = torch.Generator().manual_seed(0)
+    for vocab in (1000, 32_000, 151_936):
+        logits = torch.randn(4, vocab, generator=generator) * 2.5
+        logits[1] += 40.0 * (torch.rand(vocab, generator=generator) < 1e-3)
+        logits[2] = torch.linspace(-300, 300, vocab)
+        logits[3] = logits[3].sort().values
+        actions = ops.select_actions(logits, 1, impl="fused")
+        log_z = logits.double().amax(-1) - actions.log_probs.squeeze(-1).double()
+        exact = logits.double().logsumexp(-1)
+        nothing = torch.empty((4, 0), dtype=torch.int32)
+        whole = student_rows.student_rows(logits, nothing, Scale()).log_rest.double()
+        assert ((log_z - exact).abs() <= 2e-6 * exact.abs()).all()
+        assert ((whole - exact).abs() <= 2e-6 * exact.abs()).all()
+
+
+@pytest.mark.parametrize("k", [8, 64, 1024])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sets_of_a_whole_vocabulary(isa, dtype, k):
+    generator = torch.Generator().manual_seed(k)
+    logits = torch.randn(6, 151_936, generator=generator) * 2.5
+    logits[1, torch.randint(151_936, (20,), generator=generator)] += 15
+    logits[2] = logits[2].sort().values
+    logits[3] = 1.5
+    logits[4] = logits[4].sort(descending=True).values
+    logits[5] = logits[5].round()
+    logits = logits.to(dtype)
+    got = ops.select_actions(logits, k, 0.9, impl="fused")
+    expected = ops.select_actions(logits, k, 0.9, impl="reference")
+    assert torch.equal(got.ids, expected.ids)
+    assert torch.equal(got.count, expected.count)
+
+
+def test_strided_logits_are_read_in_place(isa):
+    whole = torch.randn(3, 5, 40)
+    for view in (whole[:, :-1, :33], whole.transpose(0, 1), whole[..., ::2], whole[1, 2]):
+        got = ops.select_actions(view, 4, impl="fused")
+        expected = ops.select_actions(view, 4, impl="reference")
+        assert torch.equal(got.ids, expected.ids)
+        ids = expected.ids
+        got_q = ops.gather_q(view, ids, impl="fused")
+        assert torch.equal(got_q, ops.gather_q(view, ids, impl="reference"))
+
+
+def _student_case(vocab, dtype, scale, weighted, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows, k = 6, min(5, vocab)
+    logits = torch.randn(rows, vocab, generator=generator) * 3
+    logits[1] = -30.0
+    logits[1, 0] = 30.0
+    logits[2, vocab // 2 :] = -INF
+    logits[3] += 100.0
+    ids = torch.stack([torch.randperm(vocab, generator=generator)[:k] for _ in range(rows)])
+    ids[0, 0] = -1
+    ids[1, 0] = 0
+    ids[4, -1] = ids[4, 0]  # a duplicate
+    state = torch.ones(rows, dtype=torch.bool)
+    state[5] = False
+    log_weight = torch.rand(vocab, generator=generator) if weighted else None
+    grad_z = torch.randn(rows, k, generator=generator)
+    grad_rest = torch.randn(rows, generator=generator)
+    return logits.to(dtype), ids, state, log_weight, grad_z, grad_rest
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 7, 16, 300, 1025, 5000])
+def test_student_rows_forward_and_gradient(isa, vocab, dtype, scale, weighted):
+    logits, ids, state, log_weight, grad_z, grad_rest = _student_case(
+        vocab, dtype, scale, weighted, seed=vocab
+    )
+
+    def run(function, logits):
+        leaf = logits.clone().requires_grad_()
+        weight = (
+            log_weight
+            if log_weight is None
+            else log_weight.to(torch.promote_types(leaf.dtype, torch.float32))
+        )
+        z, log_rest = function(leaf, ids, scale, log_weight=weight, state=state)
+        z_part = torch.where(z.isfinite(), z, 0.0) * grad_z.to(z.dtype)
+        rest_part = torch.where(log_rest.isfinite(), log_rest, 0.0) * grad_rest.to(z.dtype)
+        (z_part.sum() + rest_part.sum()).backward()
+        return z.detach(), log_rest.detach(), leaf.grad
+
+    got = run(student_rows.student_rows, logits)
+    eager = run(student_rows_reference.student_rows, logits)
+    exact = run(student_rows_reference.student_rows, logits.double())
+    assert ulps(got[0], eager[0], exact[0]) <= 2
+    assert ulps(got[1], eager[1], exact[1]) <= 4
+    assert got[2].dtype == dtype
+    finite = got[2].isfinite()
+    assert finite.all()
+    error = (got[2].double() - exact[2]).abs()
+    allowed = (eager[2].double() - exact[2]).abs().nan_to_num(INF)
+    # a gradient is exp of a difference of logits, whose last place counts: 100 * 2^-23 here
+    unit = torch.finfo(dtype).eps * exact[2].abs() + 3e-5 * exact[2].abs() + 1e-37
+    if dtype == torch.float16:
+        unit = unit + 2**-24
+    assert (error <= allowed + unit).all()
+    assert not got[2][5].any()
+
+
+def test_a_sure_student_keeps_its_tail(isa):
+    logits = torch.full((1, 400), -60.0)
+    logits[0, 3] = 40.0
+    ids = torch.tensor([[3]])
+    z, log_rest = student_rows.student_rows(logits, ids, Scale())
+    torch.testing.assert_close(log_rest, torch.tensor([-60.0]) + torch.tensor(399.0).log())
+    assert z.item() == 40.0
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather_q(dtype, scale):
+    logits = (torch.randn(2, 3, 50) * 3).to(dtype)
+    logits[0, 0, :3] = -INF
+    ids = torch.randint(-1, 50, (2, 3, 9))
+    ids[0, 0, :2] = torch.tensor([1, 1])
+    grad = torch.randn(2, 3, 9)
+    results = []
+    for impl, x in (("fused", logits), ("reference", logits), ("reference", logits.double())):
+        leaf = x.clone().requires_grad_()
+        q = ops.gather_q(leaf, ids, impl=impl, **scale._asdict())
+        torch.where(q.isfinite(), q * grad, 0.0).sum().backward()
+        results.append((q.detach(), leaf.grad))
+    (q, got), (expected_q, _), (_, exact) = results
+    torch.testing.assert_close(q, expected_q, rtol=3e-7, atol=0)
+    keep = logits != -INF
+    torch.testing.assert_close(
+        got[keep].double(), exact[keep], rtol=2 * torch.finfo(dtype).eps, atol=1e-6
+    )
+
+
+def test_soft_value():
+    q = torch.randn(7, 5) * 3
+    q[0] = -INF
+    q[1, 2:] = -INF
+    q[2] += 1000.0
+    results = []
+    for impl, x in (("fused", q), ("reference", q.double())):
+        leaf = x.clone().requires_grad_()
+        value = ops.soft_value(leaf, impl=impl)
+        torch.where(value.isfinite(), value, 0.0).square().sum().backward()
+        results.append((value.detach().double(), leaf.grad.double()))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=3e-7, atol=1e-6)
+    # exp of a difference: the last place of the value times its gradient 2 v
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-5)
+    assert not results[0][1][0].any()
+
+
+@pytest.mark.parametrize("lam", [None, 0.0, 0.7, 1.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.99, 1.0])
+@pytest.mark.parametrize("rewarded", [False, True])
+def test_td_target(lam, gamma, rewarded):
+    generator = torch.Generator().manual_seed(3)
+    # chains in random order over the rows, with ends of both kinds
+    order = torch.randperm(60, generator=generator)
+    successor = torch.full((60,), -2)
+    successor[order[:-1]] = order[1:]
+    successor[order[9::10]] = torch.tensor([-1, -2, -1, -2, -1, -1])
+    value = torch.randn(60, generator=generator)
+    value[successor.argmin()] = -INF if lam is None else 0.0
+    reward = torch.randn(60, generator=generator) if rewarded else None
+    weight = torch.randn(60, generator=generator)
+    results = []
+    for impl, dtype in (("fused", torch.float32), ("reference", torch.float64)):
+        leaves = [value.to(dtype, copy=True).requires_grad_()]
+        if rewarded:
+            leaves.append(reward.to(dtype, copy=True).requires_grad_())
+        target = ops.td_target(
+            leaves[0],
+            successor,
+            gamma=gamma,
+            reward=leaves[1] if rewarded else None,
+            lam=lam,
+            impl=impl,
+        )
+        (torch.where(target.isfinite(), target, 0.0) * weight.to(dtype)).sum().backward()
+        results.append([target.detach(), *(leaf.grad for leaf in leaves)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_td_target_refuses_what_is_no_chain():
+    value = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="successor: expected chains that end.*cycle"):
+        ops.td_target(value, torch.tensor([1, 2, 0]), impl="fused")
+    with pytest.raises(RuntimeError, match="successor: expected ids below 3, got 3"):
+        ops.td_target(value, torch.tensor([1, 3, -1]), impl="fused")
+
+
+def test_ids_out_of_range_are_refused_not_read():
+    logits = torch.randn(2, 10)
+    ids = torch.tensor([[1], [10]])
+    for call in (
+        lambda: ops.gather_q(logits, ids, impl="fused"),
+        lambda: student_rows.student_rows(logits, ids, Scale()),
+        lambda: torch.ops.tdkd.gather_q_backward(torch.ones(2, 1), logits, ids, 1.0, None, 1.0),
+    ):
+        with pytest.raises(RuntimeError, match="ids: expected ids below 10, got 10"):
+            call()
+    with pytest.raises(RuntimeError, match="include: expected ids below 10, got 12"):
+        ops.select_actions(logits, 2, include=torch.tensor([12, 0]), impl="fused")
+
+
+def _loss_inputs(rows=24, vocab=301, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    student = (torch.randn(2, rows // 2, vocab, generator=generator) * 2).to(dtype)
+    teacher = (torch.randn(2, rows // 2, vocab, generator=generator) * 3).to(dtype)
+    tokens = torch.randint(vocab, (2, rows // 2), generator=generator)
+    tokens[0, :3] = -100
+    tokens[1, -2:] = -100
+    teacher[1, 4] = torch.nan
+    tokens[1, 5] = 2
+    return student, teacher, tokens, ops.successors(tokens, eos_token_id=2)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("level", ["log_prob", "logit"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        IQLearn(alpha=1.0),
+        IQLearn(expectation="teacher"),
+        ForwardKL(tail=True),
+        CrossEntropy(tail=True),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_td_loss(isa, dtype, objective, level, reduction):
+    student, teacher, tokens, successor = _loss_inputs(dtype=dtype)
+    weight = torch.rand(tokens.shape)
+    results = []
+    for impl, cast in (("fused", dtype), ("reference", dtype), ("reference", torch.float64)):
+        leaf = student.to(cast, copy=True).requires_grad_()
+        out = ops.td_loss(
+            leaf,
+            teacher,
+            tokens,
+            objective=objective,
+            q=level,
+            k=9,
+            successor=successor,
+            reduction=reduction,
+            impl=impl,
+        )
+        total = (out.loss * weight.to(out.loss.dtype)).sum() if reduction == "none" else out.loss
+        # every output is differentiable
+        (total + (out.q + out.value + out.td_error).sum() / 7).backward()
+        results.append([*(x.detach() for x in out[:4]), leaf.grad, out.actions.ids])
+    got, eager, exact = results
+    assert torch.equal(got[-1], eager[-1])
+    for mine, theirs, wanted in zip(got[:4], eager[:4], exact[:4], strict=True):
+        assert mine.isfinite().all()
+        assert ulps(mine, theirs, wanted) <= 64
+    unit = max(torch.finfo(dtype).eps, 1e-6)
+    error = (got[4].double() - exact[4]).abs()
+    allowed = (eager[4].double() - exact[4]).abs() + unit * (exact[4].abs() + 1.0)
+    assert (error <= allowed).all()
+    assert not got[4][tokens == -100].any()
+
+
+def test_a_nan_of_a_row_that_is_no_state_stays_there(isa):
+    student, teacher, tokens, successor = _loss_inputs()
+    student[0, 0] = torch.nan
+    teacher[0, 1] = torch.nan
+    student.requires_grad_()
+    out = ops.td_loss(student, teacher, tokens, successor=successor, impl="fused", check=False)
+    out.loss.backward()
+    assert out.loss.isfinite()
+    assert student.grad.isfinite().all()
+
+
+def test_second_backward_and_double_use():
+    student, teacher, tokens, successor = _loss_inputs()
+    student.requires_grad_()
+
+    def loss():
+        return ops.td_loss(student, teacher, tokens, successor=successor, impl="fused").loss
+
+    (once,) = torch.autograd.grad(loss(), student)
+    kept = loss()
+    kept.backward(retain_graph=True)
+    assert torch.equal(student.grad, once)
+    kept.backward()
+    torch.testing.assert_close(student.grad, 2 * once)
+    student.grad = None
+    (loss() + loss()).backward()
+    torch.testing.assert_close(student.grad, 2 * once)
+
+
+def test_one_logits_sized_allocation():
+    student, teacher, tokens, successor = _loss_inputs(rows=64, vocab=20_000)
+    student.requires_grad_()
+    size = student.numel() * 4
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        ops.td_loss(student, teacher, tokens, successor=successor, impl="fused").loss.backward()
+    large = [
+        event
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.nbytes() >= size // 4
+    ]
+    assert [event.nbytes() for event in large] == [size]
+
+
+def test_linear_ops_take_the_kernels():
+    hidden, weight = torch.randn(9, 16), torch.randn(700, 16)
+    for impl_of_float64 in ("auto", "reference"):
+        ops.linear_logsumexp(hidden.double(), weight.double(), impl=impl_of_float64)
+    results = []
+    for impl in ("fused", "reference"):
+        leaf = hidden.clone().requires_grad_()
+        ops.linear_logsumexp(leaf, weight, impl=impl).sum().backward()
+        results.append((ops.linear_select_actions(hidden, weight, 5, impl=impl).ids, leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+def test_threads_and_autocast_change_nothing():
+    student, teacher, tokens, successor = _loss_inputs(rows=200, vocab=2000)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for number, autocast in ((1, False), (2, False), (3, True)):
+            torch.set_num_threads(number)
+            leaf = student.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out = ops.td_loss(leaf, teacher, tokens, successor=successor, impl="fused")
+            out.loss.backward()
+            results.append([out.loss.detach(), leaf.grad, out.actions.ids])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+OPTIONS = (1.3, 5.0, 0.9)
+
+
+def _opcheck_cases():
+    x = torch.randn(3, 4, 40)
+    ids = torch.randint(40, (3, 4, 5))
+    state = torch.rand(3, 4) < 0.8
+    weight = torch.rand(40)
+    v = torch.randn(6)
+    successor = torch.tensor([1, 2, -1, 4, -2, -2])
+    t = torch.ops.tdkd
+    return {
+        "select_actions": (t.select_actions, (x, 5, 0.9, *OPTIONS, ids[..., 0], state)),
+        "gather_q": (t.gather_q, (x, ids, *OPTIONS)),
+        "gather_q_backward": (t.gather_q_backward, (torch.randn(3, 4, 5), x, ids, *OPTIONS)),
+        "student_rows": (t.student_rows, (x, ids, *OPTIONS, weight, state)),
+        "student_rows_backward": (
+            t.student_rows_backward,
+            (
+                torch.randn(3, 4, 5),
+                torch.randn(3, 4),
+                x,
+                ids,
+                torch.randn(3, 4),
+                *OPTIONS,
+                None,
+                None,
+            ),
+        ),
+        "soft_value": (t.soft_value, (x,)),
+        "soft_value_backward": (t.soft_value_backward, (torch.randn(3, 4), x, torch.randn(3, 4))),
+        "td_target": (t.td_target, (v, successor, v, 0.9, 0.5)),
+        "td_target_backward": (t.td_target_backward, (v, successor, 0.9, 0.5)),
+    }
+
+
+@pytest.mark.parametrize("name", list(_opcheck_cases()))
+def test_opcheck(name):
+    op, arguments = _opcheck_cases()[name]
+    opcheck(op.default, arguments)
+
+
+@pytest.mark.parametrize("objective", [IQLearn(alpha=1.0), ForwardKL(tail=True)], ids=repr)
+def test_torch_compile_without_a_graph_break(objective):
+    def step(student, teacher, tokens, successor):
+        out = ops.td_loss(
+            student, teacher, tokens, objective=objective, k=9, successor=successor, impl="fused"
+        )
+        return out.loss, out.value
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (24, 32):
+        student, teacher, tokens, successor = _loss_inputs(rows=rows)
+        results = []
+        for function in (step, compiled):
+            leaf = student.clone().requires_grad_()
+            loss, value = function(leaf, teacher, tokens, successor)
+            loss.backward()
+            results.append([loss.detach(), value.detach(), leaf.grad])
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_capability_is_chosen_by_the_environment(monkeypatch):
+    monkeypatch.setenv("TDKD_CPU_CAPABILITY", "portable")
+    assert native.capability() == "portable"
+    monkeypatch.setenv("TDKD_CPU_CAPABILITY", "sse9")
+    with pytest.raises(RuntimeError, match="TDKD_CPU_CAPABILITY: expected portable.*got sse9"):
+        native.capability()
+
+
+def test_library_asks_torch_for_its_stable_abi_alone():
+    import tdkd._C
+
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", "--demangle", tdkd._C.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    foreign = [line for line in symbols.splitlines() if "at::" in line or "c10::" in line]
+    assert foreign == []
+    assert tdkd._C.__file__.endswith(".abi3.so")
+
+
+def test_works_without_the_extension():
+    code = (
+        "import sys; sys.modules['tdkd._C'] = None\n"
+        "import torch, tdkd.ops as ops\n"
+        "print(ops.select_actions(torch.tensor([[1., 3., 2.]]), 2).ids.tolist())\n"
+        "try: ops.soft_value(torch.zeros(2), impl='fused')\n"
+        "except NotImplementedError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ}
+    )
+    assert done.stdout.splitlines()[0] == "[[1, 2]]"
+    assert "the CPU kernels are not built" in done.stdout
+
+
+def test_modules_offer_the_reference_signature():
+    import inspect
+
+    from tdkd.kernels.gather_q import reference as gather_q_reference
+    from tdkd.kernels.select_actions import reference as select_actions_reference
+    from tdkd.kernels.soft_value import reference as soft_value_reference
+    from tdkd.kernels.td_target import reference as td_target_reference
+
+    for kernel, reference in (
+        (gather_q.gather_q, gather_q_reference.gather_q),
+        (select_actions.select_actions, select_actions_reference.select_actions),
+        (soft_value.soft_value, soft_value_reference.soft_value),
+        (student_rows.student_rows, student_rows_reference.student_rows),
+        (td_target.td_target, td_target_reference.td_target),
+    ):
+        assert list(inspect.signature(kernel).parameters) == list(
+            inspect.signature(reference).parameters
+        )
