@@ -1,7 +1,7 @@
 """Instructions a logit of the row bodies, counted by callgrind: a regression shows without a clock.
 
 Compares with instructions.json beside this file and fails where a body needs 5 % more; --write
-replaces the file. Callgrind knows no AVX-512, so that only the portable and AVX2 bodies are counted.
+replaces the file. Callgrind knows no AVX-512: the portable and the AVX2 bodies alone are counted.
 Needs g++ and valgrind.
 """
 
