@@ -34,6 +34,7 @@ demo: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h benchmarks/rows/*.cpp
 	$(BIN)/mypy
 
 # One thread a worker: the shapes are small, and two workers with two threads each fight for cores.
@@ -63,6 +64,7 @@ instructions:
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h benchmarks/rows/*.cpp
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -62,15 +62,16 @@ inline Isa choose_isa() {
     if (std::string_view(wanted) == name_of(isa) && isa <= widest_isa()) return isa;
   }
   throw std::runtime_error(
-      std::string("TDKD_CPU_CAPABILITY: expected portable, avx2 or avx512, and at most this CPU's ") +
+      std::string(
+          "TDKD_CPU_CAPABILITY: expected portable, avx2 or avx512, and at most this CPU's ") +
       name_of(widest_isa()) + ", got " + wanted);
 }
 
 /// The body of `function` for an instruction set.
 #if TDKD_X86
-#define TDKD_BODY_FOR(isa, ...)                                       \
-  ((isa) == ::tdkd::Isa::avx512 ? &::tdkd::avx512::__VA_ARGS__        \
-   : (isa) == ::tdkd::Isa::avx2 ? &::tdkd::avx2::__VA_ARGS__          \
+#define TDKD_BODY_FOR(isa, ...)                                \
+  ((isa) == ::tdkd::Isa::avx512 ? &::tdkd::avx512::__VA_ARGS__ \
+   : (isa) == ::tdkd::Isa::avx2 ? &::tdkd::avx2::__VA_ARGS__   \
                                 : &::tdkd::portable::__VA_ARGS__)
 #else
 #define TDKD_BODY_FOR(isa, ...) (&::tdkd::portable::__VA_ARGS__)

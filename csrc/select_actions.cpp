@@ -34,18 +34,19 @@ std::tuple<Tensor, Tensor, Tensor> select_actions(const Tensor& logits, int64_t 
     using T = decltype(type);
     auto body = how.scale.capped() ? TDKD_BODY_FOR(isa, select_row<T, true>)
                                    : TDKD_BODY_FOR(isa, select_row<T, false>);
-    torch::stable::parallel_for(0, rows.count, grain(rows.columns), [&](int64_t begin, int64_t end) {
-      SelectScratch scratch(rows.columns, std::min(k, rows.columns));
-      for (int64_t i = begin; i < end; ++i) {
-        int64_t with = taken ? (*taken)[i] : -1;
-        if ((counts && !counts[i]) || !bound.holds(with)) {
-          write_empty(k, id + i * k, log_prob + i * k, members + i);
-          continue;
-        }
-        body(rows.row<T>(i), rows.columns, how, with, scratch, id + i * k, log_prob + i * k,
-             members + i);
-      }
-    });
+    torch::stable::parallel_for(0, rows.count, grain(rows.columns),
+                                [&](int64_t begin, int64_t end) {
+                                  SelectScratch scratch(rows.columns, std::min(k, rows.columns));
+                                  for (int64_t i = begin; i < end; ++i) {
+                                    int64_t with = taken ? (*taken)[i] : -1;
+                                    if ((counts && !counts[i]) || !bound.holds(with)) {
+                                      write_empty(k, id + i * k, log_prob + i * k, members + i);
+                                      continue;
+                                    }
+                                    body(rows.row<T>(i), rows.columns, how, with, scratch,
+                                         id + i * k, log_prob + i * k, members + i);
+                                  }
+                                });
   });
   bound.check("include");
   return {ids, log_probs, count};

@@ -116,7 +116,7 @@ inline void write_empty(int64_t k, int32_t* ids, float* log_probs, int32_t* coun
 /// The top-p prefix of the sorted candidates, then `taken` (where it is >= 0, with logit
 /// `taken_logit`): appended, or in place of the last member.
 inline void write_set(const Candidates& found, const Selection& how, double log_z, int64_t taken,
-               float taken_logit, int32_t* ids, float* log_probs, int32_t* count) {
+                      float taken_logit, int32_t* ids, float* log_probs, int32_t* count) {
   const int64_t k = how.k, n = std::min(found.size(), k);
   int64_t members = 0;
   bool has_taken = false;

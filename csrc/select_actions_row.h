@@ -8,14 +8,15 @@
 
 inline int64_t count_at_least(const float* x, int64_t n, float t) {
   int64_t count = 0, i = 0;
-  for (; i + Vec::width <= n; i += Vec::width) count += std::popcount(at_least(load(x + i), all(t)));
+  for (; i + Vec::width <= n; i += Vec::width)
+    count += std::popcount(at_least(load(x + i), all(t)));
   for (; i < n; ++i) count += x[i] >= t;
   return count;
 }
 
 /// A t with count(x >= t) >= k and count(x > t) <= k: the k-th largest, or a number between it and
-/// the next; -FLT_MAX where fewer than k are finite. No NaN; nothing above `best`. Gallops down from
-/// there and then bisects, over the ordered bits of floats.
+/// the next; -FLT_MAX where fewer than k are finite. No NaN; nothing above `best`. Gallops down
+/// from there and then bisects, over the ordered bits of floats.
 inline float threshold(const float* x, int64_t n, int64_t k, float best) {
   const int64_t floor = ordered(-FLT_MAX);
   if (n < k || count_at_least(x, n, -FLT_MAX) < k) return -FLT_MAX;
@@ -56,7 +57,8 @@ void select_row(const T* x, int64_t n, const Selection& how, int64_t taken, Sele
   const int64_t k = how.k, whole = n / block_size, blocks = (n + block_size - 1) / block_size;
   constexpr int width = Vec::width;
   float* groups = scratch.groups.data();
-  float* supergroups = scratch.supergroups.data();  // maxima over as many blocks as a block has vectors
+  float* supergroups =
+      scratch.supergroups.data();  // maxima over as many blocks as a block has vectors
   float rest[block_size];
   copy_block(x + whole * block_size, n - whole * block_size, rest);
 
@@ -110,5 +112,6 @@ void select_row(const T* x, int64_t n, const Selection& how, int64_t taken, Sele
   }
   if (found.size() > k) found.keep(threshold(found.values.data(), found.size(), k, best), k);
   found.sort();
-  write_set(found, how, log_z, taken, taken >= 0 ? to_float(x[taken]) : 0.0f, ids, log_probs, count);
+  write_set(found, how, log_z, taken, taken >= 0 ? to_float(x[taken]) : 0.0f, ids, log_probs,
+            count);
 }

@@ -60,17 +60,18 @@ std::tuple<Tensor, Tensor> student_rows(const Tensor& logits, const Tensor& ids,
     using T = decltype(type);
     auto body = scale.capped() ? TDKD_BODY_FOR(isa, student_row<T, true>)
                                : TDKD_BODY_FOR(isa, student_row<T, false>);
-    torch::stable::parallel_for(0, rows.count, grain(rows.columns), [&](int64_t begin, int64_t end) {
-      std::vector<Slot> slots;
-      for (int64_t i = begin; i < end; ++i) {
-        float* row_value = value + i * given.k;
-        std::fill(row_value, row_value + given.k, -INFINITY);
-        rest[i] = -INFINITY;
-        if (!given.counts(i)) continue;
-        given.slots_of(i, bound, slots);
-        body(rows.row<T>(i), given.log_weight, rows.columns, scale, slots, row_value, rest + i);
-      }
-    });
+    torch::stable::parallel_for(
+        0, rows.count, grain(rows.columns), [&](int64_t begin, int64_t end) {
+          std::vector<Slot> slots;
+          for (int64_t i = begin; i < end; ++i) {
+            float* row_value = value + i * given.k;
+            std::fill(row_value, row_value + given.k, -INFINITY);
+            rest[i] = -INFINITY;
+            if (!given.counts(i)) continue;
+            given.slots_of(i, bound, slots);
+            body(rows.row<T>(i), given.log_weight, rows.columns, scale, slots, row_value, rest + i);
+          }
+        });
   });
   bound.check("ids");
   return {z, log_rest};
@@ -97,19 +98,20 @@ Tensor student_rows_backward(const Tensor& grad_z, const Tensor& grad_rest, cons
     T* out = static_cast<T*>(grad.mutable_data_ptr());
     auto body = scale.capped() ? TDKD_BODY_FOR(isa, student_row_backward<T, true>)
                                : TDKD_BODY_FOR(isa, student_row_backward<T, false>);
-    torch::stable::parallel_for(0, rows.count, grain(rows.columns), [&](int64_t begin, int64_t end) {
-      std::vector<Slot> slots;
-      for (int64_t i = begin; i < end; ++i) {
-        T* row_grad = out + i * rows.columns;
-        if (!given.counts(i)) {
-          std::fill(row_grad, row_grad + rows.columns, T{});
-          continue;
-        }
-        given.slots_of(i, bound, slots);
-        body(rows.row<T>(i), given.log_weight, rows.columns, scale, slots, rest[i],
-             dz + i * given.k, drest[i], row_grad);
-      }
-    });
+    torch::stable::parallel_for(0, rows.count, grain(rows.columns),
+                                [&](int64_t begin, int64_t end) {
+                                  std::vector<Slot> slots;
+                                  for (int64_t i = begin; i < end; ++i) {
+                                    T* row_grad = out + i * rows.columns;
+                                    if (!given.counts(i)) {
+                                      std::fill(row_grad, row_grad + rows.columns, T{});
+                                      continue;
+                                    }
+                                    given.slots_of(i, bound, slots);
+                                    body(rows.row<T>(i), given.log_weight, rows.columns, scale,
+                                         slots, rest[i], dz + i * given.k, drest[i], row_grad);
+                                  }
+                                });
   });
   bound.check("ids");
   return grad;

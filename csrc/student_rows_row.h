@@ -50,7 +50,8 @@ void student_row(const T* x, const float* log_weight, int64_t n, const Scale& sc
   }
 }
 
-/// grad[j] = dz/dx (grad_rest exp(z_j - log_rest) outside the set, the sum of its slots' grad_z in it).
+/// grad[j] = dz/dx (grad_rest exp(z_j - log_rest) outside the set, the sum of its slots' grad_z in
+/// it).
 template <class T, bool capped>
 void student_row_backward(const T* x, const float* log_weight, int64_t n, const Scale& scale,
                           const std::vector<Slot>& slots, float log_rest, const float* grad_z,

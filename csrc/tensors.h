@@ -69,8 +69,9 @@ class Integers {
  public:
   explicit Integers(const Tensor& x)
       : tensor(torch::stable::contiguous(x)), data(tensor.const_data_ptr()) {
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int || tensor.scalar_type() == ScalarType::Long,
-                    "expected int32 or int64");
+    STD_TORCH_CHECK(
+        tensor.scalar_type() == ScalarType::Int || tensor.scalar_type() == ScalarType::Long,
+        "expected int32 or int64");
     wide = tensor.scalar_type() == ScalarType::Long;
   }
   int64_t operator[](int64_t i) const {
@@ -118,6 +119,8 @@ void with_type(const Tensor& x, F f) {
 }
 
 /// Rows that give a thread enough to do.
-inline int64_t grain(int64_t columns) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, columns)); }
+inline int64_t grain(int64_t columns) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, columns));
+}
 
 }  // namespace tdkd

@@ -1,6 +1,7 @@
 // The row bodies without torch: what a profiler or an instruction counter should see.
 //
-//   rows OP ISA DTYPE V K ROWS      OP: select, student, backward; DTYPE: float32, bfloat16, float16
+//   rows OP ISA DTYPE V K ROWS      OP: select, student, backward; DTYPE: float32, bfloat16,
+//   float16
 //
 // Prints the seconds that the rows took and a checksum.
 #include <chrono>
@@ -58,7 +59,9 @@ double run(const std::string& op, Isa isa, int64_t n, int64_t k, int64_t rows) {
 int main(int argc, char** argv) {
   if (argc != 7) return std::fprintf(stderr, "usage: rows OP ISA DTYPE V K ROWS\n"), 2;
   const std::string op = argv[1], isa_name = argv[2], dtype = argv[3];
-  const Isa isa = isa_name == "avx512" ? Isa::avx512 : isa_name == "avx2" ? Isa::avx2 : Isa::portable;
+  const Isa isa = isa_name == "avx512" ? Isa::avx512
+                  : isa_name == "avx2" ? Isa::avx2
+                                       : Isa::portable;
   const int64_t n = std::atoll(argv[4]), k = std::atoll(argv[5]), rows = std::atoll(argv[6]);
   const double checksum = dtype == "float32"    ? run<float>(op, isa, n, k, rows)
                           : dtype == "bfloat16" ? run<BFloat16>(op, isa, n, k, rows)
