@@ -252,7 +252,7 @@ def test_soft_value():
         results.append((value.detach().double(), leaf.grad.double()))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=3e-7, atol=1e-6)
     # exp of a difference: the last place of the value times its gradient 2 v
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)
     assert not results[0][1][0].any()
 
 
@@ -415,8 +415,6 @@ def test_one_logits_sized_allocation():
 
 def test_linear_ops_take_the_kernels():
     hidden, weight = torch.randn(9, 16), torch.randn(700, 16)
-    for impl_of_float64 in ("auto", "reference"):
-        ops.linear_logsumexp(hidden.double(), weight.double(), impl=impl_of_float64)
     results = []
     for impl in ("fused", "reference"):
         leaf = hidden.clone().requires_grad_()
