@@ -4,6 +4,13 @@
 namespace tdkd {
 namespace {
 
+/// The largest of a row, or 0 where nothing is above -inf: the level from which it is summed.
+float level_of(const float* x, int64_t k) {
+  float peak = -INFINITY;
+  for (int64_t j = 0; j < k; ++j) peak = std::max(peak, x[j]);
+  return peak == -INFINITY ? 0.0f : peak;
+}
+
 Tensor soft_value(const Tensor& q) {
   const LogitRows rows(q);
   Tensor value = torch::stable::new_empty(q, rows.shape());
@@ -12,35 +19,36 @@ Tensor soft_value(const Tensor& q) {
                               [&](int64_t begin, int64_t end) {
                                 for (int64_t i = begin; i < end; ++i) {
                                   const float* x = rows.row<float>(i);
-                                  float peak = -INFINITY;
-                                  for (int64_t j = 0; j < rows.columns; ++j)
-                                    peak = std::max(peak, x[j]);
-                                  if (peak == -INFINITY) peak = 0;
+                                  const float level = level_of(x, rows.columns);
                                   double total = 0;
                                   for (int64_t j = 0; j < rows.columns; ++j)
-                                    total += std::exp(x[j] - peak);
-                                  out[i] = total == 0 ? -INFINITY : float(peak + std::log(total));
+                                    total += std::exp(x[j] - level);
+                                  out[i] = total == 0 ? -INFINITY : float(level + std::log(total));
                                 }
                               });
   return value;
 }
 
-Tensor soft_value_backward(const Tensor& grad_value, const Tensor& q, const Tensor& value) {
+// The row is summed again: exp(q - value) would carry the rounding of value, 3e-5 at 1000.
+Tensor soft_value_backward(const Tensor& grad_value, const Tensor& q) {
   const LogitRows rows(q);
   Tensor grad = torch::stable::new_empty(q, rows.shape(rows.columns));
   const Tensor given = torch::stable::contiguous(grad_value);
   const float* dv = static_cast<const float*>(given.const_data_ptr());
-  const float* v = static_cast<const float*>(value.const_data_ptr());
   float* out = static_cast<float*>(grad.mutable_data_ptr());
-  torch::stable::parallel_for(
-      0, rows.count, grain(8 * rows.columns), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const float* x = rows.row<float>(i);
-          for (int64_t j = 0; j < rows.columns; ++j) {
-            out[i * rows.columns + j] = v[i] == -INFINITY ? 0.0f : dv[i] * std::exp(x[j] - v[i]);
-          }
-        }
-      });
+  torch::stable::parallel_for(0, rows.count, grain(16 * rows.columns),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  const float* x = rows.row<float>(i);
+                                  float* row_grad = out + i * rows.columns;
+                                  const float level = level_of(x, rows.columns);
+                                  double total = 0;
+                                  for (int64_t j = 0; j < rows.columns; ++j)
+                                    total += row_grad[j] = std::exp(x[j] - level);
+                                  const float share = total == 0 ? 0.0f : float(dv[i] / total);
+                                  for (int64_t j = 0; j < rows.columns; ++j) row_grad[j] *= share;
+                                }
+                              });
   return grad;
 }
 

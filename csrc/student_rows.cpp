@@ -50,9 +50,9 @@ std::tuple<Tensor, Tensor> student_rows(const Tensor& logits, const Tensor& ids,
   const Options given(ids, log_weight, state);
   const Scale scale = make_scale(temperature, softcap, logit_scale);
   Tensor z = torch::stable::new_empty(logits, rows.shape(given.k), ScalarType::Float);
-  Tensor log_rest = torch::stable::new_empty(logits, rows.shape(), ScalarType::Float);
+  Tensor log_rest = torch::stable::new_empty(logits, rows.shape(), ScalarType::Double);
   float* value = static_cast<float*>(z.mutable_data_ptr());
-  float* rest = static_cast<float*>(log_rest.mutable_data_ptr());
+  double* rest = static_cast<double*>(log_rest.mutable_data_ptr());
   Bound bound(rows.columns);
   const Isa isa = choose_isa();
 
@@ -88,8 +88,8 @@ Tensor student_rows_backward(const Tensor& grad_z, const Tensor& grad_rest, cons
   const Tensor from_z = torch::stable::contiguous(grad_z);
   const Tensor from_rest = torch::stable::contiguous(grad_rest);
   const float* dz = static_cast<const float*>(from_z.const_data_ptr());
-  const float* drest = static_cast<const float*>(from_rest.const_data_ptr());
-  const float* rest = static_cast<const float*>(log_rest.const_data_ptr());
+  const double* drest = static_cast<const double*>(from_rest.const_data_ptr());
+  const double* rest = static_cast<const double*>(log_rest.const_data_ptr());
   Bound bound(rows.columns);
   const Isa isa = choose_isa();
 
@@ -98,20 +98,20 @@ Tensor student_rows_backward(const Tensor& grad_z, const Tensor& grad_rest, cons
     T* out = static_cast<T*>(grad.mutable_data_ptr());
     auto body = scale.capped() ? TDKD_BODY_FOR(isa, student_row_backward<T, true>)
                                : TDKD_BODY_FOR(isa, student_row_backward<T, false>);
-    torch::stable::parallel_for(0, rows.count, grain(rows.columns),
-                                [&](int64_t begin, int64_t end) {
-                                  std::vector<Slot> slots;
-                                  for (int64_t i = begin; i < end; ++i) {
-                                    T* row_grad = out + i * rows.columns;
-                                    if (!given.counts(i)) {
-                                      std::fill(row_grad, row_grad + rows.columns, T{});
-                                      continue;
-                                    }
-                                    given.slots_of(i, bound, slots);
-                                    body(rows.row<T>(i), given.log_weight, rows.columns, scale,
-                                         slots, rest[i], dz + i * given.k, drest[i], row_grad);
-                                  }
-                                });
+    torch::stable::parallel_for(
+        0, rows.count, grain(rows.columns), [&](int64_t begin, int64_t end) {
+          std::vector<Slot> slots;
+          for (int64_t i = begin; i < end; ++i) {
+            T* row_grad = out + i * rows.columns;
+            if (!given.counts(i)) {
+              std::fill(row_grad, row_grad + rows.columns, T{});
+              continue;
+            }
+            given.slots_of(i, bound, slots);
+            body(rows.row<T>(i), given.log_weight, rows.columns, scale, slots, rest[i],
+                 dz + i * given.k, float(drest[i]), row_grad);
+          }
+        });
   });
   bound.check("ids");
   return grad;

@@ -12,7 +12,7 @@ inline void weighted_block(const T* x, const float* log_weight, int64_t count, c
 
 template <class T, bool capped>
 void student_row(const T* x, const float* log_weight, int64_t n, const Scale& scale,
-                 const std::vector<Slot>& slots, float* z, float* log_rest) {
+                 const std::vector<Slot>& slots, float* z, double* log_rest) {
   for (Slot s : slots) z[s.slot] = scale(to_float(x[s.id]));
 
   float block[block_size];
@@ -33,7 +33,7 @@ void student_row(const T* x, const float* log_weight, int64_t n, const Scale& sc
       }
       if (++blocks % block_vectors == 0) rest.flush();
     }
-    *log_rest = highest(top) == -INFINITY && !rest.has_nan() ? -INFINITY : float(rest.log());
+    *log_rest = highest(top) == -INFINITY && !rest.has_nan() ? -INFINITY : rest.log();
   };
   if (log_weight) {
     RowSum<false> rest(Scale{1, 0, 1});
@@ -54,19 +54,20 @@ void student_row(const T* x, const float* log_weight, int64_t n, const Scale& sc
 /// it).
 template <class T, bool capped>
 void student_row_backward(const T* x, const float* log_weight, int64_t n, const Scale& scale,
-                          const std::vector<Slot>& slots, float log_rest, const float* grad_z,
+                          const std::vector<Slot>& slots, double log_rest, const float* grad_z,
                           float grad_rest, T* grad) {
   if (grad_rest == 0 || log_rest == -INFINITY) {
     std::fill(grad, grad + n, T{});
   } else {
     const float slope = scale.slope();
-    const Vec slope_log2e = all((capped || log_weight ? 1.0f : slope) * 1.44269504f);
+    const float inner_slope = capped || log_weight ? 1.0f : slope;
+    const Vec slope_log2e = all(inner_slope * 1.44269504f);
     const Vec lowest = all(-126.0f) / slope_log2e;
     const Vec inner = all(capped ? scale.logit_scale / scale.softcap : 1.0f);
     const Vec outer = all(capped ? scale.softcap / scale.temperature : 1.0f);
-    // exp((x - c) slope) exp(c slope - log_rest), since log_rest / slope is rounded
-    const float center = capped || log_weight ? log_rest : log_rest / slope;
-    const double residue = capped || log_weight ? 0.0 : double(center) * slope - double(log_rest);
+    // exp((x - c) slope) exp(c slope - log_rest): c is rounded, log_rest is not
+    const float center = float(log_rest / inner_slope);
+    const double residue = double(center) * inner_slope - log_rest;
     const Vec origin = all(center), factor = all(float(grad_rest * slope * std::exp(residue)));
     const Vec ones = all(1.0f);
     auto write = [&](const T* from, const float* weight, T* to) {

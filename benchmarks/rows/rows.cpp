@@ -31,7 +31,7 @@ double run(const std::string& op, Isa isa, int64_t n, int64_t k, int64_t rows) {
   const Scale scale{1, 0, 1};
   const Selection how{k, 0.8, scale};
   SelectScratch scratch(n, k);
-  float rest = 0;
+  double rest = 0;
   double checksum = 0;
 
   auto select = TDKD_BODY_FOR(isa, select_row<T, false>);
@@ -47,7 +47,7 @@ double run(const std::string& op, Isa isa, int64_t n, int64_t k, int64_t rows) {
       student(row, nullptr, n, scale, slots, values.data(), &rest);
       checksum += rest;
     } else {
-      backward(row, nullptr, n, scale, slots, 15.0f, grad_z.data(), 1.0f, grad.data());
+      backward(row, nullptr, n, scale, slots, 15.0, grad_z.data(), 1.0f, grad.data());
       checksum += to_float(grad[i % n]);
     }
   }

@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 from tdkd.kernels.native import LIBRARY, fake
 
 LIBRARY.define("soft_value(Tensor q) -> Tensor")
-LIBRARY.define("soft_value_backward(Tensor grad, Tensor q, Tensor value) -> Tensor")
+LIBRARY.define("soft_value_backward(Tensor grad, Tensor q) -> Tensor")
 fake("soft_value", lambda q: q.new_empty(q.shape[:-1]))
-fake("soft_value_backward", lambda grad, q, value: q.new_empty(q.shape))
+fake("soft_value_backward", lambda grad, q: q.new_empty(q.shape))
 
 
 class _SoftValue(torch.autograd.Function):
@@ -23,7 +23,7 @@ class _SoftValue(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable

@@ -2,6 +2,7 @@
 
 All that TD losses need of a student's row of logits: its values on the set, and the log of the mass
 outside it. The row is read once forward; backward reads it again and writes the one dense gradient.
+That log is float64 up to here, since exp(z - log_rest) of backward would carry its rounding.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ fake(
     "student_rows",
     lambda logits, ids, *options: (
         logits.new_empty(ids.shape, dtype=torch.float32),
-        logits.new_empty(logits.shape[:-1], dtype=torch.float32),
+        logits.new_empty(logits.shape[:-1], dtype=torch.float64),
     ),
 )
 fake(
@@ -69,4 +70,5 @@ def student_rows(
     state: Tensor | None = None,
 ) -> StudentRows:
     """As in the reference; float32, bfloat16 or float16. Backward is no graph of its own."""
-    return StudentRows(*_StudentRows.apply(logits, ids, scale, log_weight, state))
+    z, log_rest = _StudentRows.apply(logits, ids, scale, log_weight, state)
+    return StudentRows(z, log_rest.float())
