@@ -2,7 +2,9 @@
 
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ from typer.testing import CliRunner
 from tdkd.benchmark import report
 from tdkd.benchmark.cases import MAX_COPIES, SUITES, Case, choose, make_inputs
 from tdkd.benchmark.measure import allocations, compared, measure, order, peak_extra_bytes
-from tdkd.benchmark.rivals import RIVALS, Rival, Skip
+from tdkd.benchmark.rivals import ANCHORS, Rival, Skip, rivals_of
+from tdkd.benchmark.run import Options, closing, run
 from tdkd.cli import app
 from tdkd.errors import UserError
 from tdkd.testing import LOGITS, make_logits
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = Case("select_actions", rows=8, vocab=512, k=4)
 SMALL = ["--rows", "8", "--vocab", "512", "--k", "4", "--rounds", "2", "--no-compile"]
 
@@ -32,34 +36,37 @@ def bench(tmp_path_factory):
 
 def rival(name, run=None, **options):
     """A rival that calls ``run`` with the inputs."""
-    return Rival(name, lambda case: run or (lambda inputs: inputs.teacher.amax(-1)), **options)
+    return Rival(name, lambda case: run or (lambda inputs: inputs.main.amax(-1)), **options)
 
 
 def test_the_json_says_on_what_and_with_what(bench):
-    output, run = bench
-    assert run["schema"] == report.SCHEMA
-    assert run["date"].endswith("+00:00")
-    assert (run["suite"], run["rounds"]) == ("quick", 2)
-    assert run["threads"] == torch.get_num_threads()
-    assert set(run["machine"]) == {"cpu", "cores", "capability", "memory_bytes", "system"}
-    assert set(run["versions"]) == {"python", "torch", "tdkd", "triton", "liger_kernel"}
-    assert run["versions"]["torch"] == torch.__version__
-    assert run["git"] is None or set(run["git"]) == {"commit", "dirty"}
-    text = json.dumps(run)
+    output, written = bench
+    assert written["schema"] == report.SCHEMA
+    assert written["date"].endswith("+00:00")
+    assert (written["suite"], written["rounds"]) == ("quick", 2)
+    assert (written["device"], written["anchor"], written["left_out"]) == ("cpu", "amax", [])
+    assert written["threads"] == torch.get_num_threads()
+    assert set(written["machine"]) == {"cpu", "cores", "capability", "memory_bytes", "system"}
+    assert set(written["versions"]) == {"python", "torch", "tdkd", "triton", "liger_kernel"}
+    assert written["versions"]["torch"] == torch.__version__
+    assert written["git"] is None or set(written["git"]) == {"commit", "dirty"}
+    text = json.dumps(written)
     assert str(output) not in text
     assert os.getcwd() not in text
 
 
 def test_every_rival_is_measured_or_has_a_reason(bench):
-    _, run = bench
-    assert [(c["op"], c["dtype"]) for c in run["cases"]] == [
+    _, written = bench
+    assert [(c["op"], c["dtype"]) for c in written["cases"]] == [
         ("select_actions", "float32"),
         ("select_actions", "bfloat16"),
         ("td_loss", "float32"),
     ]
-    for case in run["cases"]:
+    for index, case in enumerate(written["cases"]):
         assert (case["rows"], case["vocab"], case["k"]) == (8, 512, 4)
-        assert [r["rival"] for r in case["rivals"]] == [r.name for r in RIVALS[case["op"]]]
+        assert [r["rival"] for r in case["rivals"]] == [
+            r.name for r in rivals_of(SUITES["quick"][index])
+        ]
         for result in case["rivals"]:
             if result["skipped"] is not None:
                 assert result["skipped"]
@@ -76,7 +83,7 @@ def test_every_rival_is_measured_or_has_a_reason(bench):
         passes = (2, 4) if case["op"] == "td_loss" else (1, 1)
         assert by_name["amax"]["bytes_moved"] == passes[0] * size
         assert by_name["tdkd reference"]["bytes_moved"] == passes[1] * size
-        assert by_name["amax"]["share_of_amax"] == 1.0
+        assert by_name["amax"]["share"] == 1.0
     # bandwidth is not what bounds products of matrices
     assert by_name["tdkd linear"]["gb_per_s"] is None
     assert by_name["tdkd linear"]["ratio"] == 1.0
@@ -102,7 +109,10 @@ def test_without_matplotlib_the_json_is_written(monkeypatch, tmp_path):
     "args,says",
     [
         (["--suite", "slow"], "suite: expected one of quick, cpu"),
-        (["--op", "soft_value"], "op: expected one of select_actions, td_loss, got soft_value"),
+        (["--op", "softmax"], "op: expected one of select_actions, td_loss, gather_q"),
+        (["--op", "soft_value"], "op: expected one of suite quick, got soft_value"),
+        (["--device", "tpu"], "device: expected one of cpu, cuda, got tpu"),
+        (["--budget", "0"], "budget: expected seconds > 0, got 0"),
         (["--suite", "adversarial", "--op", "td_loss"], "op: expected one of suite adversarial"),
         (["--dtype", "int8"], "dtype: expected one of float32, bfloat16, float16, got int8"),
         (["--logits", "flat"], "logits: expected one of random, peaked"),
@@ -119,6 +129,101 @@ def test_what_it_refuses(tmp_path, args, says):
     assert isinstance(done.exception, UserError)
     assert says in str(done.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_that_is_not_here_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device: expected cpu, for torch sees no GPU here"):
+        run(Options(device="cuda", output=str(tmp_path / "out")), lambda *told: None)
+
+
+def test_a_budget_ends_a_run_and_says_what_it_left_out(monkeypatch, tmp_path):
+    clock = iter([0.0, 0.0, 5.0])  # begin; before the first case; before the second
+    monkeypatch.setattr("tdkd.benchmark.run.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("tdkd.benchmark.run.measure", lambda case, rivals, **options: [])
+    options = Options(rows=8, vocab=[512], budget=4.0, output=str(tmp_path))
+    done = run(options, lambda *told: None)
+    written = json.loads((tmp_path / "quick-part.json").read_text())
+    assert len(written["cases"]) == len(done.measured) == 1
+    assert [case["op"] for case in written["left_out"]] == ["select_actions", "td_loss"]
+    assert "left out by --budget: select_actions 8 x 512 bfloat16" in closing(done)[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["quick-part.json"]  # nothing to draw
+
+
+@pytest.mark.parametrize("op", ["gather_q", "soft_value", "td_target"])
+def test_rivals_of_a_small_op_agree(op):
+    (case,) = choose("small", op, rows=[16], vocab=[512], k=[4])
+    assert case.rows == 16
+    inputs = make_inputs(case)[0]
+    results = {
+        rival.name: rival.prepare(case)(inputs)
+        for rival in rivals_of(case)
+        if not rival.compiles and rival.name not in ("amax", "tdkd")
+    }
+    assert set(results) == {"tdkd reference", "torch eager"}
+    torch.testing.assert_close(results["torch eager"], results["tdkd reference"])
+
+
+def test_fields_without_use_to_an_op_make_no_cases():
+    cases = choose("small", vocab=[512, 1024], k=[4], logits=["random", "peaked"])
+    assert [str(case) for case in cases] == [
+        "gather_q 512 x 512 float32 k=4",
+        "gather_q 512 x 1024 float32 k=4",
+        "soft_value 8192 k=4",
+        "td_target 8192",
+    ]
+    assert choose("gpu") == SUITES["gpu"]
+
+
+def test_a_gpu_is_compared_with_a_copy():
+    case = TINY._replace(device="cuda")
+    assert [rival.name for rival in rivals_of(case)][:3] == ["copy", "amax", "tdkd"]
+    assert "copy" not in [rival.name for rival in rivals_of(TINY)]
+    copy = rivals_of(case)[0]
+    anchor, half = measure(TINY, [copy, rival("half", passes=1)], rounds=1)
+    assert anchor.bytes_moved == 2 * TINY.main_bytes
+    anchor, half = compared(
+        [anchor._replace(gb_per_s=10.0), half._replace(gb_per_s=5.0)], ANCHORS["cuda"]
+    )
+    assert (anchor.share, half.share) == (1.0, 0.5)
+
+
+def test_a_compiler_is_left_out_of_most_cases():
+    (result,) = measure(TINY._replace(compiled=False), [rival("c", compiles=True)], rounds=1)
+    assert result.skipped == "not compiled in this case, for time"
+
+
+def test_a_rival_that_fails_later_is_reported():
+    calls = []
+
+    def twice(inputs):
+        calls.append(None)
+        if len(calls) > 2:
+            raise MemoryError("no more")
+
+    failed, other = measure(TINY, [rival("a", twice), rival("b")], rounds=4)
+    assert failed.skipped == "MemoryError: no more"
+    assert failed.median_s is None
+    assert len(other.times_s) == 4
+
+
+def test_without_typer_and_rich(bench, tmp_path):
+    """The module says what the command says, and reads what it wrote."""
+    script = (
+        "import runpy, sys; sys.modules.update(typer=None, rich=None);"
+        "runpy.run_module('tdkd.benchmark', run_name='__main__', alter_sys=True)"
+    )
+
+    def module(*args):
+        command = [sys.executable, "-c", script, *args]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    done = module(*SMALL, "--op", "td_loss", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "td_loss 8 x 512 float32 k=4 peaked (share of amax)" in done.stdout
+    shown = module("--show", str(tmp_path / "quick-part.json"))
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines()[1].split()[:5] == ["case", "tdkd", "ms", "GB/s", "of"]
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path):
@@ -141,8 +246,8 @@ def test_fields_of_a_suite_are_replaced_in_every_combination():
 def test_copies_of_the_inputs_are_equal_and_apart(case):
     copies = make_inputs(case)
     assert len(copies) == MAX_COPIES
-    assert len({inputs.teacher.data_ptr() for inputs in copies}) == MAX_COPIES
-    assert copies[0].teacher.equal(copies[-1].teacher)
+    assert len({inputs.main.data_ptr() for inputs in copies}) == MAX_COPIES
+    assert copies[0].main.equal(copies[-1].main)
     if case.op == "td_loss":
         assert len({inputs.student.data_ptr() for inputs in copies}) == MAX_COPIES
         assert all(inputs.student.requires_grad for inputs in copies)
@@ -154,9 +259,7 @@ def test_rounds_are_interleaved_and_copies_rotate():
     heard = []
 
     def named(name, **options):
-        return rival(
-            name, lambda inputs: heard.append((name, inputs.teacher.data_ptr())), **options
-        )
+        return rival(name, lambda inputs: heard.append((name, inputs.main.data_ptr())), **options)
 
     rivals = [named("a"), named("b"), named("c", warm=False, max_rounds=1)]
     a, b, c = measure(TINY, rivals, rounds=3)
@@ -205,17 +308,18 @@ def test_ratio_and_share():
             amax._replace(median_s=1.0, gb_per_s=10.0),
             tdkd._replace(median_s=4.0, gb_per_s=5.0),
             none._replace(median_s=2.0),
-        ]
+        ],
+        "amax",
     )
     assert (amax.ratio, tdkd.ratio, none.ratio) == (0.25, 1.0, 0.5)
-    assert (amax.share_of_amax, tdkd.share_of_amax, none.share_of_amax) == (1.0, 0.5, None)
+    assert (amax.share, tdkd.share, none.share) == (1.0, 0.5, None)
 
 
 def test_memory_of_a_call_is_seen():
     inputs = make_inputs(TINY)[0]
-    least = TINY.logits_bytes
-    assert allocations(lambda x: x.teacher.amax(-1), inputs, least) == 0
-    assert allocations(lambda x: (x.teacher + 1).exp(), inputs, least) == 2
+    least = TINY.main_bytes
+    assert allocations(lambda x: x.main.amax(-1), inputs, least) == 0
+    assert allocations(lambda x: (x.main + 1).exp(), inputs, least) == 2
     peak = peak_extra_bytes(lambda x: torch.ones(16 << 20).sum(), inputs)
     if peak is None:
         pytest.skip("no /proc/self/clear_refs")

@@ -12,7 +12,16 @@ from torch import Tensor
 from tdkd.errors import UserError
 from tdkd.testing import LOGITS, STD, make_logits
 
-OPS = ("select_actions", "td_loss")
+FIELDS = {
+    "select_actions": ("rows", "vocab", "k", "dtype", "logits"),
+    "td_loss": ("rows", "vocab", "k", "dtype", "logits"),
+    "gather_q": ("rows", "vocab", "k", "dtype"),
+    "soft_value": ("rows", "k"),
+    "td_target": ("rows",),
+}
+"""The ops, and which fields of a case each has a use for."""
+OPS = tuple(FIELDS)
+DEVICES = ("cpu", "cuda")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 ROTATED_BYTES = 256 << 20
@@ -34,25 +43,49 @@ class Case(NamedTuple):
     dtype: str = "float32"
     logits: str = "peaked"
     """kind of the teacher's logits; the student's are random."""
+    device: str = "cpu"
+    compiled: bool = True
+    """whether rivals that need a compiler, which takes its time, are timed."""
 
     @property
-    def logits_bytes(self) -> int:
-        """Size of one model's logits."""
+    def main_bytes(self) -> int:
+        """Size of the tensor that an op reads: one model's logits, or Q-values, or values."""
+        if self.op == "td_target":
+            return 4 * self.rows
+        if self.op == "soft_value":
+            return 4 * self.rows * self.k
         return self.rows * self.vocab * DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
-        return f"{self.op} {self.rows} x {self.vocab} {self.dtype} k={self.k} {self.logits}"
+        return f"{self.op} {describe(self._asdict())}"
+
+
+def describe(case: dict[str, Any]) -> str:
+    """The fields that count, in words: of a case, or of one in a run's JSON."""
+    fields = FIELDS[case["op"]]
+    words = [f"{case['rows']} x {case['vocab']}" if "vocab" in fields else f"{case['rows']}"]
+    for field in ("dtype", "k", "logits"):
+        if field in fields:
+            words.append(f"k={case['k']}" if field == "k" else case[field])
+    return " ".join(words)
 
 
 class Inputs(NamedTuple):
     """The tensors of a case; what an op does not take is None."""
 
-    teacher: Tensor
-    """``[N, V]``."""
+    main: Tensor
+    """the tensor of ``Case.main_bytes``: the teacher's logits for ``select_actions`` and
+    ``td_loss``, the student's for ``gather_q``, Q-values, or values."""
     student: Tensor | None = None
     """``[N, V]``, requires grad."""
     tokens: Tensor | None = None
     """int64 ``[N]``, in [1, V): 0 is left for padding."""
+    ids: Tensor | None = None
+    """int32 ``[N, k]``, distinct in each row."""
+    grad: Tensor | None = None
+    """gradient of the op's result."""
+    successor: Tensor | None = None
+    """int64 ``[N]``: the next row; the last one is terminal."""
 
 
 class LinearInputs(NamedTuple):
@@ -73,7 +106,19 @@ def _td_loss(rows: int, vocab: int, **options: Any) -> Case:
     return Case("td_loss", rows, vocab, top_p=0.8, **options)
 
 
-# Rows are such that the logits take about 300 MB in float32.
+def _gather_q(rows: int, vocab: int, **options: Any) -> Case:
+    return Case("gather_q", rows, vocab, **options)
+
+
+def _soft_value(rows: int, **options: Any) -> Case:
+    return Case("soft_value", rows, 0, **options)
+
+
+def _td_target(rows: int) -> Case:
+    return Case("td_target", rows, 0)
+
+
+# Rows of the suites for CPUs are such that the logits take about 300 MB in float32.
 SUITES: dict[str, list[Case]] = {
     "quick": [
         _select(512, 151_936),
@@ -99,23 +144,57 @@ SUITES: dict[str, list[Case]] = {
     "adversarial": [
         _select(512, 49_152, logits=kind) for kind in LOGITS if kind not in ("random", "peaked")
     ],
+    "small": [
+        _gather_q(512, 49_152),
+        _soft_value(8192),
+        _td_target(8192),
+    ],
+    # The most important first, for a budget may end it. A compiler takes its time: a few cases.
+    "gpu": [
+        _select(8192, 151_936, dtype="bfloat16"),
+        _td_loss(8192, 151_936, dtype="bfloat16"),
+        _select(8192, 128_256, dtype="bfloat16", compiled=False),
+        _select(32_768, 32_000, dtype="bfloat16", compiled=False),
+        _select(4096, 262_144, dtype="bfloat16", compiled=False),
+        _select(2048, 151_936),
+        _td_loss(2048, 49_152),
+        _td_loss(4096, 128_256, dtype="bfloat16", compiled=False),
+        _select(1, 151_936, dtype="bfloat16", compiled=False),
+        _select(8, 151_936, dtype="bfloat16", compiled=False),
+        _select(64, 151_936, dtype="bfloat16", compiled=False),
+        _select(8192, 151_936, k=8, dtype="bfloat16", compiled=False),
+        _select(8192, 151_936, k=256, dtype="bfloat16", compiled=False),
+        _select(8192, 151_936, k=1024, dtype="bfloat16", compiled=False),
+        _gather_q(8192, 151_936, dtype="bfloat16"),
+        _soft_value(8192),
+        _td_target(8192),
+        _select(8192, 151_936, dtype="bfloat16", logits="random", compiled=False),
+        _td_loss(8192, 151_936, dtype="bfloat16", logits="random", compiled=False),
+        _soft_value(8192, k=1024, compiled=False),
+    ],
 }
 
 
-def choose(suite: str, op: str | None = None, **fields: Sequence[Any]) -> list[Case]:
+def choose(
+    suite: str, op: str | None = None, *, device: str = "cpu", **fields: Sequence[Any]
+) -> list[Case]:
     """The cases of a suite, with fields replaced.
 
     Args:
         suite: one of ``SUITES``.
         op: keep the cases of this op alone.
+        device: cpu or cuda, which must be there.
         fields: values that take the place of a field of :class:`Case`, every combination of them;
-            an empty sequence leaves the field as it is.
+            an empty sequence leaves the field as it is, and so does an op that has no use for it.
     Raises:
         UserError: a value is unknown or out of range, or the suite has no case of ``op``.
     """
     _known("suite", suite, SUITES)
     if op is not None:
         _known("op", op, OPS)
+    _known("device", device, DEVICES)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: expected cpu, for torch sees no GPU here, got cuda")
     given = {name: values for name, values in fields.items() if values}
     for dtype in given.get("dtype", ()):
         _known("dtype", dtype, DTYPES)
@@ -128,37 +207,67 @@ def choose(suite: str, op: str | None = None, **fields: Sequence[Any]) -> list[C
     kept = [case for case in SUITES[suite] if op in (None, case.op)]
     if not kept:
         raise UserError(f"op: expected one of suite {suite}, got {op}")
-    replaced = [
-        case._replace(**dict(zip(given, values, strict=True)))
-        for case in kept
-        for values in itertools.product(*given.values())
-    ]
-    return list(dict.fromkeys(replaced))
+    replaced = []
+    for case in kept:
+        used = {name: values for name, values in given.items() if name in FIELDS[case.op]}
+        for values in itertools.product(*used.values()):
+            fields_of = dict(zip(used, values, strict=True))
+            replaced.append(case._replace(device=device, **fields_of))
+    unique: dict[Case, Case] = {}
+    for case in replaced:
+        unique.setdefault(case._replace(compiled=True), case)
+    return list(unique.values())
 
 
 def make_inputs(case: Case, seed: int = 0) -> list[Inputs]:
     """Copies of a case's tensors, as many as exceed the caches together."""
-    generator = torch.Generator().manual_seed(seed)
-    dtype = DTYPES[case.dtype]
-    shape = case.rows, case.vocab
-    first = Inputs(make_logits(case.logits, *shape, dtype, generator))
-    size = case.logits_bytes
-    if case.op == "td_loss":
-        student = make_logits("random", *shape, dtype, generator).requires_grad_()
-        tokens = torch.randint(1, case.vocab, (case.rows,), generator=generator)
-        first = first._replace(student=student, tokens=tokens)
-        size *= 2
+    first = _inputs(case, make_generator(case, seed))
+    size = sum(x.nbytes for x in (first.main, first.student) if x is not None)
     copies = min(MAX_COPIES, -(-ROTATED_BYTES // size))
     return [first, *(_copy(first) for _ in range(copies - 1))]
 
 
-def make_linear_inputs(case: Case, tokens: Tensor, seed: int = 0) -> LinearInputs:
-    """Hidden states and heads whose products spread as ordinary logits do."""
-    generator = torch.Generator().manual_seed(seed)
+def make_generator(case: Case, seed: int = 0) -> torch.Generator:
+    """Source of randomness on the case's device."""
+    return torch.Generator(case.device).manual_seed(seed)
+
+
+def _inputs(case: Case, generator: torch.Generator) -> Inputs:
+    device, rows, vocab = generator.device, case.rows, case.vocab
     dtype = DTYPES[case.dtype]
+    if case.op == "td_target":
+        successor = torch.arange(1, rows + 1, device=device)
+        successor[-1] = -1
+        values = torch.randn(rows, generator=generator, device=device)
+        return Inputs(values, successor=successor)
+    if case.op == "soft_value":
+        q = torch.randn(rows, case.k, generator=generator, device=device).mul_(STD)
+        grad = torch.randn(rows, generator=generator, device=device)
+        return Inputs(q.requires_grad_(), grad=grad)
+    if case.op == "gather_q":
+        logits = make_logits("random", rows, vocab, dtype, generator).requires_grad_()
+        k = min(case.k, vocab)
+        # one id of each of k ranges: distinct
+        ids = torch.randint(vocab // k, (rows, k), generator=generator, device=device)
+        ids = (ids + torch.arange(k, device=device) * (vocab // k)).int()
+        grad = torch.randn(rows, k, generator=generator, device=device)
+        return Inputs(logits, ids=ids, grad=grad)
+    teacher = make_logits(case.logits, rows, vocab, dtype, generator)
+    if case.op == "select_actions":
+        return Inputs(teacher)
+    student = make_logits("random", rows, vocab, dtype, generator).requires_grad_()
+    tokens = torch.randint(1, vocab, (rows,), generator=generator, device=device)
+    return Inputs(teacher, student, tokens)
+
+
+def make_linear_inputs(case: Case, seed: int = 0) -> LinearInputs:
+    """Hidden states and heads whose products spread as ordinary logits do."""
+    generator = make_generator(case, seed)
+    device, dtype = generator.device, DTYPES[case.dtype]
+    tokens = torch.randint(case.vocab, (case.rows,), generator=generator, device=device)
 
     def normal(rows: int, std: float) -> Tensor:
-        return torch.randn(rows, HIDDEN, generator=generator).mul_(std).to(dtype)
+        return torch.randn(rows, HIDDEN, generator=generator, device=device).mul_(std).to(dtype)
 
     student, teacher = (
         (normal(case.rows, 1.0), normal(case.vocab, STD / HIDDEN**0.5)) for _ in range(2)
@@ -169,10 +278,11 @@ def make_linear_inputs(case: Case, tokens: Tensor, seed: int = 0) -> LinearInput
 
 
 def _copy(inputs: Inputs) -> Inputs:
-    student = inputs.student
-    if student is not None:
-        student = student.detach().clone().requires_grad_()
-    return inputs._replace(teacher=inputs.teacher.clone(), student=student)
+    def apart(x: Tensor) -> Tensor:
+        return x.detach().clone().requires_grad_(x.requires_grad)
+
+    student = None if inputs.student is None else apart(inputs.student)
+    return inputs._replace(main=apart(inputs.main), student=student)
 
 
 def _known(name: str, value: str, allowed: Sequence[str] | dict[str, Any]) -> None:

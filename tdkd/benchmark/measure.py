@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 import torch
 
 from tdkd.benchmark.cases import Case, Inputs, make_inputs
-from tdkd.benchmark.rivals import Rival, Run, Skip
+from tdkd.benchmark.rivals import ANCHORS, Rival, Run, Skip
 
-ANCHOR = "amax"
-"""The rival that reads logits as fast as this machine does."""
-ENOUGH_SECONDS = 6.0
+ENOUGH_SECONDS = {"cpu": 6.0, "cuda": 2.0}
 """A slow rival stops after two rounds, or when it has been timed so long, whichever is later."""
+ROUNDS = {"cpu": 10, "cuda": 20}
+"""Times of each rival where nobody says otherwise."""
+HEAD_START_BYTES = 1 << 30
+"""Read on a GPU before each call: no cache holds its inputs, and the host has some 0.3 ms to launch
+what the call consists of, as in a training step whose queue is full."""
 
 
 class Result(NamedTuple):
@@ -42,12 +45,12 @@ class Result(NamedTuple):
     """the least that an op of this kind must read and write."""
     gb_per_s: float | None = None
     """``bytes_moved`` over the median, 10^9 bytes a second."""
-    share_of_amax: float | None = None
-    """``gb_per_s`` over that of the anchor."""
+    share: float | None = None
+    """``gb_per_s`` over that of the anchor: ``amax`` on CPU, ``copy`` on a GPU."""
     peak_extra_bytes: int | None = None
-    """growth of resident memory within one call, results included."""
+    """growth of memory within one call, results included: resident, or of torch's on a GPU."""
     logits_sized_allocations: int | None = None
-    """tensors at least as large as the case's logits that one call allocates."""
+    """tensors at least as large as the case's main one that one call allocates."""
 
 
 def measure(
@@ -73,48 +76,78 @@ def measure(
         One result a rival, in their order.
     """
     torch.compiler.reset()  # what earlier cases compiled would count against the recompile limit
-    copies = make_inputs(case)
+    _free(case.device)
+    try:
+        copies = make_inputs(case)
+        clock = Clock(case.device)
+    except Exception as error:
+        return [Result(rival.name, skipped=reason(error)) for rival in rivals]
     calls = 0
 
-    def call(run: Run) -> float:
+    def start(run: Run) -> Callable[[], float]:
         nonlocal calls
         inputs = copies[calls % len(copies)]
         calls += 1
-        start = time.perf_counter()
-        result = run(inputs)
-        seconds = time.perf_counter() - start
-        del result  # freed outside of the timing
-        return seconds
+        return clock.start(run, inputs)
 
     runs: dict[str, Run] = {}
     skipped: dict[str, str] = {}
     first: dict[str, float] = {}
     times: dict[str, list[float]] = {rival.name: [] for rival in rivals}
+
+    def skip(name: str, why: str) -> None:
+        skipped[name] = why
+        runs.pop(name, None)
+
     for rival in rivals:
         tell(rival.name)
-        if rival.compiles and not compile:
-            skipped[rival.name] = "left out by --no-compile"
+        if rival.compiles and not (compile and case.compiled):
+            skip(
+                rival.name,
+                "not compiled in this case, for time" if compile else "left out by --no-compile",
+            )
             continue
         try:
             run = rival.prepare(case)
-            first[rival.name] = call(run)
+            began = time.perf_counter()
+            seconds = start(run)
+            clock.synchronize()
+            waited = time.perf_counter() - began
+            first[rival.name] = seconds() if case.device == "cpu" else waited
         except Exception as error:  # a rival that fails is reported, and the others go on
-            skipped[rival.name] = reason(error)
-            continue
-        runs[rival.name] = run
-        if not rival.warm:
-            times[rival.name].append(first[rival.name])
+            skip(rival.name, reason(error))
+        else:
+            runs[rival.name] = run
+            if not rival.warm:
+                times[rival.name].append(seconds())
+        if rival.name in skipped:
+            _free(case.device)  # only here has the error let go of the tensors of its frames
 
     running = [rival for rival in rivals if rival.name in runs]
     gc.collect()
     gc.disable()
     try:
         for turn in range(rounds):
+            started: dict[str, Callable[[], float]] = {}
+            failed = len(skipped)
             for i in order(turn, len(running)):
-                rival = running[i]
-                if not enough(times[rival.name], rival.max_rounds or rounds):
-                    tell(rival.name)
-                    times[rival.name].append(call(runs[rival.name]))
+                name, most = running[i].name, running[i].max_rounds or rounds
+                if name in skipped or enough(times[name], most, ENOUGH_SECONDS[case.device]):
+                    continue
+                tell(name)
+                try:
+                    started[name] = start(runs[name])
+                except Exception as error:
+                    skip(name, reason(error))
+            try:
+                clock.synchronize()
+                for name, seconds in started.items():
+                    times[name].append(seconds())
+            except Exception as error:  # a GPU that failed says so here, and fails from now on
+                for name in started:
+                    skip(name, reason(error))
+            if len(skipped) > failed:
+                _free(case.device)
     finally:
         gc.enable()
 
@@ -125,7 +158,7 @@ def measure(
             continue
         tell(f"{rival.name}, memory")
         low, median, high = quartiles(times[rival.name])
-        moved = rival.passes * case.logits_bytes or None
+        moved = rival.passes * case.main_bytes or None
         results.append(
             Result(
                 rival=rival.name,
@@ -137,12 +170,48 @@ def measure(
                 bytes_moved=moved,
                 gb_per_s=moved / median / 1e9 if moved else None,
                 peak_extra_bytes=peak_extra_bytes(runs[rival.name], copies[0]),
-                logits_sized_allocations=allocations(runs[rival.name], copies[0], case.logits_bytes)
+                logits_sized_allocations=allocations(runs[rival.name], copies[0], case.main_bytes)
                 if rival.warm  # one more call of a slow rival is not worth it
                 else None,
             )
         )
-    return compared(results)
+    return compared(results, ANCHORS[case.device])
+
+
+class Clock:
+    """Times calls: the host's seconds on CPU, those of CUDA events on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device == "cuda":
+            self.ahead = torch.ones(HEAD_START_BYTES // 4, device=device)
+
+    def start(self, run: Run, inputs: Inputs) -> Callable[[], float]:
+        """Calls; the seconds that it took are known after :meth:`synchronize`."""
+        if self.device == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.ahead.amax()
+            begin.record()
+            run(inputs)
+            end.record()
+            return lambda: begin.elapsed_time(end) * 1e-3
+        began = time.perf_counter()
+        result = run(inputs)
+        seconds = time.perf_counter() - began
+        del result  # freed outside of the timing
+        return lambda: seconds
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def _free(device: str) -> None:
+    """Lets go of what a failure or an earlier case has left."""
+    if device == "cuda":
+        gc.collect()
+        with contextlib.suppress(RuntimeError):  # a GPU that failed cannot do this either
+            torch.cuda.empty_cache()
 
 
 def order(turn: int, count: int) -> list[int]:
@@ -150,9 +219,9 @@ def order(turn: int, count: int) -> list[int]:
     return [(turn + i) % count for i in range(count)]
 
 
-def enough(times: Sequence[float], rounds: int) -> bool:
+def enough(times: Sequence[float], rounds: int, seconds: float) -> bool:
     """Whether a rival has been timed often, or long, enough."""
-    return len(times) >= rounds or (len(times) >= 2 and sum(times) >= ENOUGH_SECONDS)
+    return len(times) >= rounds or (len(times) >= 2 and sum(times) >= seconds)
 
 
 def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
@@ -163,10 +232,10 @@ def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def compared(results: Sequence[Result]) -> list[Result]:
+def compared(results: Sequence[Result], anchor_name: str) -> list[Result]:
     """Fills in what takes two rivals: the ratio, and the share of the anchor's bandwidth."""
     by_name = {result.rival: result for result in results}
-    anchor = by_name.get(ANCHOR)
+    anchor = by_name.get(anchor_name)
 
     def ratio(result: Result) -> float | None:
         base = by_name.get(result.against) if result.against else None
@@ -179,7 +248,7 @@ def compared(results: Sequence[Result]) -> list[Result]:
             return None
         return result.gb_per_s / anchor.gb_per_s
 
-    return [r._replace(ratio=ratio(r), share_of_amax=share(r)) for r in results]
+    return [r._replace(ratio=ratio(r), share=share(r)) for r in results]
 
 
 def reason(error: Exception) -> str:
@@ -192,8 +261,11 @@ def reason(error: Exception) -> str:
 
 
 def peak_extra_bytes(run: Run, inputs: Inputs) -> int | None:
-    """Growth of this process's resident memory within one call; None where Linux cannot tell."""
+    """Growth of memory within one call: this process's, None where Linux cannot tell, or torch's
+    on a GPU."""
     gc.collect()
+    if inputs.main.is_cuda:
+        return _peak_on_gpu(run, inputs)
     _trim()
     try:
         # 5: the peak begins again at what is resident now (man 5 proc)
@@ -205,6 +277,19 @@ def peak_extra_bytes(run: Run, inputs: Inputs) -> int | None:
         return None
     del result
     return max(0, peak - before)
+
+
+def _peak_on_gpu(run: Run, inputs: Inputs) -> int | None:
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = run(inputs)
+        torch.cuda.synchronize()
+    except RuntimeError:  # out of memory, too
+        return None
+    del result
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _resident(field: str) -> int:

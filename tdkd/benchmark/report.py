@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import textwrap
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -14,15 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
-from rich.text import Text
 
 import tdkd
-from tdkd.benchmark.cases import Case
-from tdkd.benchmark.measure import ANCHOR, Result
+from tdkd.benchmark.cases import Case, describe
+from tdkd.benchmark.measure import Result
+from tdkd.benchmark.rivals import ANCHORS
 from tdkd.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Measured(NamedTuple):
@@ -32,7 +32,7 @@ class Measured(NamedTuple):
     results: list[Result]
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """What a result depends on, without names of hosts or directories."""
     return {
         "machine": {
@@ -41,6 +41,7 @@ def environment() -> dict[str, Any]:
             "capability": torch.backends.cpu.get_cpu_capability(),
             "memory_bytes": _memory_bytes(),
             "system": f"{platform.system()} {platform.machine()}",
+            **({"gpu": _gpu()} if device == "cuda" else {}),
         },
         "versions": {
             "python": platform.python_version(),
@@ -53,19 +54,29 @@ def environment() -> dict[str, Any]:
     }
 
 
-def content(suite: str, threads: int, rounds: int, measured: Sequence[Measured]) -> dict[str, Any]:
+def content(
+    suite: str,
+    device: str,
+    threads: int,
+    rounds: int,
+    measured: Sequence[Measured],
+    left_out: Sequence[Case] = (),
+) -> dict[str, Any]:
     """The JSON of a run, times in seconds, sizes in bytes."""
     return {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "suite": suite,
+        "device": device,
+        "anchor": ANCHORS[device],
         "threads": threads,
         "rounds": rounds,
-        **environment(),
+        **environment(device),
         "cases": [
             {**case._asdict(), "rivals": [result._asdict() for result in results]}
             for case, results in measured
         ],
+        "left_out": [case._asdict() for case in left_out],
     }
 
 
@@ -83,7 +94,7 @@ def write_json(path: Path, run: dict[str, Any]) -> None:
 
 
 def write_picture(path: Path, run: dict[str, Any]) -> None:
-    """Bars of time in units of ``amax``, one group a case, one panel an op.
+    """Bars of time in units of the anchor's, one group a case, one panel an op.
 
     Args:
         path: PNG to write, whole or not at all.
@@ -94,28 +105,30 @@ def write_picture(path: Path, run: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
+    anchor = run["anchor"]
+    shown = [case for case in run["cases"] if _bars(case, anchor)]
     panels = {
-        op: [case for case in run["cases"] if case["op"] == op]
-        for op in dict.fromkeys(case["op"] for case in run["cases"])
+        op: [case for case in shown if case["op"] == op]
+        for op in dict.fromkeys(case["op"] for case in shown)
     }
-    heights = [sum(1 + len(_bars(case)) for case in cases) for cases in panels.values()]
+    if not panels:
+        raise UserError("picture: expected a case with its anchor, got none that was timed")
+    heights = [sum(1 + len(_bars(case, anchor)) for case in cases) for cases in panels.values()]
     names = list(dict.fromkeys(r["rival"] for c in run["cases"] for r in c["rivals"]))
     figure = Figure(figsize=(11, 1.6 + 0.24 * sum(heights) + 0.6 * len(panels)))
     figure.set_layout_engine("constrained")
-    machine, threads = run["machine"], run["threads"]
     figure.suptitle(
-        f"tdkd bench, suite {run['suite']}: {machine['cpu']} ({machine['capability']}), "
-        f"{threads} thread{'s' * (threads > 1)}, torch {run['versions']['torch']}, "
-        f"{run['date'][:10]}",
+        f"tdkd bench, suite {run['suite']}: {_hardware(run)}, "
+        f"torch {run['versions']['torch']}, {run['date'][:10]}",
         fontsize=11,
     )
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
     for axes, (op, cases) in zip(grid[:, 0], panels.items(), strict=True):
         ticks, labels, y, longest = [], [], 0.0, 1.0
         for case in cases:
-            bars = _bars(case)
+            bars = _bars(case, anchor)
             ticks.append(y + (len(bars) - 1) / 2)
-            labels.append(_label(case))
+            labels.append("\n".join(textwrap.wrap(describe(case), 16)))
             for name, relative, milliseconds in bars:
                 axes.barh(y, relative, height=0.85, color=f"C{names.index(name) % 10}")
                 axes.annotate(
@@ -139,36 +152,77 @@ def write_picture(path: Path, run: dict[str, Any]) -> None:
         axes.set_axisbelow(True)
         axes.set_title(op, fontsize=10, loc="left")
         axes.set_xlabel(
-            f"median time / time of {ANCHOR} (log scale; shorter is faster)", fontsize=8
+            f"median time / time of {anchor} (log scale; shorter is faster)", fontsize=8
         )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     _write_whole(path, buffer.getvalue())
 
 
-def table(measured: Measured) -> Table:
+COLUMNS = ("rival", "median ms", "ratio", "GB/s", "share", "extra MB", "allocs")
+
+
+def table(measured: Measured) -> str:
     """One case to read in a terminal; benchmarks/README.md explains the columns."""
-    shown = Table(title=str(measured.case), title_justify="left")
-    shown.add_column("rival", no_wrap=True)
-    for column in ("median ms", "ratio", "GB/s", "of amax", "extra MB", "allocs"):
-        shown.add_column(column, justify="right")
+    anchor = ANCHORS[measured.case.device]
+    rows: list[Sequence[str]] = [COLUMNS]
     for result in measured.results:
-        if result.skipped is not None:
-            continue
-        shown.add_row(
-            result.rival,
-            _number(result.median_s, 1e3),
-            _number(result.ratio),
-            _number(result.gb_per_s),
-            "" if result.share_of_amax is None else f"{result.share_of_amax:.1%}",
-            _number(result.peak_extra_bytes, 1e-6),
-            "" if result.logits_sized_allocations is None else f"{result.logits_sized_allocations}",
+        if result.skipped is None:
+            allocs = result.logits_sized_allocations
+            rows.append(
+                (
+                    result.rival,
+                    _number(result.median_s, 1e3),
+                    _number(result.ratio),
+                    _number(result.gb_per_s),
+                    "" if result.share is None else f"{result.share:.1%}",
+                    _number(result.peak_extra_bytes, 1e-6),
+                    "" if allocs is None else f"{allocs}",
+                )
+            )
+    skipped = [f"  skipped: {r.rival}: {r.skipped}" for r in measured.results if r.skipped]
+    return "\n".join([f"{measured.case} (share of {anchor})", *aligned(rows), *skipped, ""])
+
+
+def summary(run: dict[str, Any]) -> str:
+    """A run's JSON as one line a case: ``tdkd``, and how many times slower others are."""
+    others = ("tdkd reference", "torch eager", "torch.compile", "published")
+    rows: list[Sequence[str]] = [("case", "tdkd ms", "GB/s", f"of {run['anchor']}", *others)]
+    for case in run["cases"]:
+        by_name = {result["rival"]: result for result in case["rivals"]}
+        ours = by_name["tdkd"]
+        rows.append(
+            (
+                f"{case['op']} {describe(case)}",
+                _number(ours["median_s"], 1e3) or "skipped",
+                _number(ours["gb_per_s"]),
+                "" if ours["share"] is None else f"{ours['share']:.1%}",
+                *(_number(by_name.get(name, {}).get("ratio")) for name in others),
+            )
         )
-    skipped = [f"{r.rival}: {r.skipped}" for r in measured.results if r.skipped is not None]
-    if skipped:
-        shown.caption = Text("skipped: " + "; ".join(skipped))  # brackets are no markup
-        shown.caption_justify = "left"
-    return shown
+    lines = [f"{_hardware(run)}, torch {run['versions']['torch']}", *aligned(rows)]
+    if run["left_out"]:
+        lines.append(f"left out for lack of time: {len(run['left_out'])} cases")
+    return "\n".join(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.rjust(width) if i else text.ljust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _hardware(run: dict[str, Any]) -> str:
+    machine, threads = run["machine"], run["threads"]
+    if "gpu" in machine:
+        return str(machine["gpu"]["name"])
+    return f"{machine['cpu']} ({machine['capability']}), {threads} thread{'s' * (threads > 1)}"
 
 
 def _number(value: float | None, scale: float = 1.0) -> str:
@@ -178,17 +232,13 @@ def _number(value: float | None, scale: float = 1.0) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _bars(case: dict[str, Any]) -> list[tuple[str, float, float]]:
+def _bars(case: dict[str, Any], anchor: str) -> list[tuple[str, float, float]]:
     """Name, time over the anchor's, and milliseconds of who was timed, the anchor left out."""
     medians = {r["rival"]: r["median_s"] for r in case["rivals"] if r["median_s"] is not None}
-    anchor = medians.pop(ANCHOR, None)
-    if anchor is None:
+    base = medians.pop(anchor, None)
+    if base is None:
         return []
-    return [(name, median / anchor, median * 1e3) for name, median in medians.items()]
-
-
-def _label(case: dict[str, Any]) -> str:
-    return f"{case['rows']} x {case['vocab']}\n{case['dtype']}, k={case['k']}, {case['logits']}"
+    return [(name, median / base, median * 1e3) for name, median in medians.items()]
 
 
 def _write_whole(path: Path, data: bytes) -> None:
@@ -224,6 +274,29 @@ def _cores() -> int | None:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         return os.cpu_count()
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "driver": _driver(),
+        "cuda": torch.version.cuda or torch.version.hip,
+    }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]
+    try:
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=20
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _memory_bytes() -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +22,12 @@ from tdkd.published import published_loss
 
 Run = Callable[[Inputs], Any]
 Impl = Literal["auto", "reference", "fused"]
+ANCHORS = {"cpu": "amax", "cuda": "copy"}
+"""The rival that moves bytes as fast as a device can."""
+PUBLISHED_BUFFERS = 20
+"""float32 buffers of the logits' size that the published loss holds at once."""
+GAMMA, LAMBDA = 0.99, 0.9
+"""Of TD targets."""
 
 
 class Skip(Exception):
@@ -33,7 +40,7 @@ class Rival(NamedTuple):
     name: str
     prepare: Callable[[Case], Run]
     passes: int = 0
-    """Times that an op of this kind must read or write ``[N, V]`` logits, however it is done; 0
+    """Times that an op of this kind must read or write the main tensor, however it is done; 0
     where bandwidth is not what bounds it."""
     against: str = "tdkd"
     """the rival whose time is 1 in its ratio."""
@@ -42,15 +49,28 @@ class Rival(NamedTuple):
     warm: bool = True
     """the first call does not count."""
     max_rounds: int | None = None
+    device: str | None = None
+    """the only one where it is of interest."""
 
 
-def _select_amax(case: Case) -> Run:
-    return lambda inputs: inputs.teacher.amax(-1)
+def _amax(case: Case) -> Run:
+    return lambda inputs: inputs.main.detach().amax(-1)
+
+
+def _copied(case: Case) -> Run:
+    kept: list[Tensor] = []
+
+    def copy(inputs: Inputs) -> None:
+        if not kept:
+            kept.append(torch.empty_like(inputs.main, requires_grad=False))
+        kept[0].copy_(inputs.main.detach())
+
+    return copy
 
 
 def _select(impl: Impl) -> Callable[[Case], Run]:
     def prepare(case: Case) -> Run:
-        return lambda inputs: ops.select_actions(inputs.teacher, case.k, case.top_p, impl=impl)
+        return lambda inputs: ops.select_actions(inputs.main, case.k, case.top_p, impl=impl)
 
     return prepare
 
@@ -60,8 +80,8 @@ def _select_plain(case: Case) -> Run:
     k = min(case.k, case.vocab)
 
     def plain(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        values, ids = torch.topk(inputs.teacher, k)
-        return values, ids, torch.logsumexp(inputs.teacher, -1)
+        values, ids = torch.topk(inputs.main, k)
+        return values, ids, torch.logsumexp(inputs.main, -1)
 
     return plain
 
@@ -73,7 +93,7 @@ def _select_compiled(case: Case) -> Run:
 def _loss_amax(case: Case) -> Run:
     def both(inputs: Inputs) -> tuple[Tensor, Tensor]:
         student, _ = _student(inputs)
-        return student.detach().amax(-1), inputs.teacher.amax(-1)
+        return student.detach().amax(-1), inputs.main.amax(-1)
 
     return both
 
@@ -84,7 +104,7 @@ def _loss(impl: Impl) -> Callable[[Case], Run]:
 
         def run(inputs: Inputs) -> tuple[Tensor, ...]:
             student, tokens = _student(inputs)
-            return _with_gradient(forward(student, inputs.teacher, tokens), student)
+            return _with_gradient(forward(student, inputs.main, tokens), student)
 
         return run
 
@@ -113,12 +133,17 @@ def _loss_compiled(case: Case) -> Run:
 
     def run(inputs: Inputs) -> tuple[Tensor, ...]:
         student, tokens = _student(inputs)
-        return _with_gradient(forward(student, inputs.teacher, tokens), student)
+        return _with_gradient(forward(student, inputs.main, tokens), student)
 
     return run
 
 
 def _loss_published(case: Case) -> Run:
+    if case.device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        needed = PUBLISHED_BUFFERS * 4 * case.rows * case.vocab
+        if needed > free:
+            raise Skip(f"needs about {needed / 1e9:.0f} GB, of which {free / 1e9:.0f} are free")
     if case.rows % 4:
         raise Skip(f"takes (B, T, V) logits: expected rows to be a multiple of 4, got {case.rows}")
     shape = (4, case.rows // 4, case.vocab)
@@ -127,7 +152,7 @@ def _loss_published(case: Case) -> Run:
         student, tokens = _student(inputs)
         loss, _ = published_loss(
             student.view(shape),
-            inputs.teacher.view(shape),
+            inputs.main.view(shape),
             tokens.view(shape[:2]),
             top_p=case.top_p,
             pad_token_id=0,
@@ -168,19 +193,74 @@ def _liger(case: Case) -> Run:
 def _from_hidden(case: Case, loss: Callable[..., Tensor]) -> Run:
     """A loss of hidden states and heads; these are the same in every call, being many products
     to one byte."""
-    tokens = torch.randint(case.vocab, (case.rows,), generator=torch.Generator().manual_seed(0))
-    given = make_linear_inputs(case, tokens)
+    given = make_linear_inputs(case)
     return lambda inputs: _with_gradient(loss(*given), given.student, given.student_weight)
 
 
 def _student(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    assert inputs.student is not None
-    assert inputs.tokens is not None
-    return inputs.student, inputs.tokens
+    return _there(inputs.student), _there(inputs.tokens)
+
+
+def _there(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
 
 
 def _with_gradient(loss: Tensor, *wanted: Tensor) -> tuple[Tensor, ...]:
     return loss.detach(), *torch.autograd.grad(loss, wanted)
+
+
+def _gather(gather: Callable[[Tensor, Tensor], Tensor]) -> Run:
+    def run(inputs: Inputs) -> tuple[Tensor, ...]:
+        q = gather(inputs.main, _there(inputs.ids))
+        return q.detach(), *torch.autograd.grad(q, inputs.main, inputs.grad)
+
+    return run
+
+
+def _gather_q(impl: Impl) -> Callable[[Case], Run]:
+    return lambda case: _gather(lambda logits, ids: ops.gather_q(logits, ids, impl=impl))
+
+
+def _plain_gather(logits: Tensor, ids: Tensor) -> Tensor:
+    return logits.gather(-1, ids.long()).float()
+
+
+def _value(value_of: Callable[[Tensor], Tensor]) -> Run:
+    def run(inputs: Inputs) -> tuple[Tensor, ...]:
+        value = value_of(inputs.main)
+        return value.detach(), *torch.autograd.grad(value, inputs.main, inputs.grad)
+
+    return run
+
+
+def _soft_value(impl: Impl) -> Callable[[Case], Run]:
+    return lambda case: _value(lambda q: ops.soft_value(q, impl=impl))
+
+
+def _plain_value(q: Tensor) -> Tensor:
+    return torch.logsumexp(q, -1)
+
+
+def _td_target(impl: Impl) -> Callable[[Case], Run]:
+    return lambda case: partial(_targets, impl=impl)
+
+
+def _targets(inputs: Inputs, impl: Impl) -> Tensor:
+    return ops.td_target(inputs.main, _there(inputs.successor), gamma=GAMMA, lam=LAMBDA, impl=impl)
+
+
+def _plain_targets(case: Case) -> Run:
+    """The loop from the last row to the first, for rows in order."""
+
+    def loop(inputs: Inputs) -> Tensor:
+        targets = torch.zeros_like(inputs.main)
+        for i in range(case.rows - 2, -1, -1):
+            ahead = (1 - LAMBDA) * inputs.main[i + 1] + LAMBDA * targets[i + 1]
+            targets[i] = GAMMA * ahead
+        return targets
+
+    return loop
 
 
 # Forward and backward of a loss from logits: teacher read, student read twice, gradient written.
@@ -188,13 +268,15 @@ LOSS_PASSES = 4
 
 RIVALS: dict[str, list[Rival]] = {
     "select_actions": [
-        Rival("amax", _select_amax, passes=1),
+        Rival("copy", _copied, passes=2, device="cuda"),
+        Rival("amax", _amax, passes=1),
         Rival("tdkd", _select("fused"), passes=1),
         Rival("tdkd reference", _select("reference"), passes=1),
         Rival("torch eager", _select_plain, passes=1),
         Rival("torch.compile", _select_compiled, passes=1, compiles=True),
     ],
     "td_loss": [
+        Rival("copy", _copied, passes=2, device="cuda"),
         Rival("amax", _loss_amax, passes=2),
         Rival("tdkd", _loss("fused"), passes=LOSS_PASSES),
         Rival("tdkd reference", _loss("reference"), passes=LOSS_PASSES),
@@ -203,4 +285,50 @@ RIVALS: dict[str, list[Rival]] = {
         Rival("tdkd linear", _linear, against="tdkd linear"),
         Rival("Liger JSD", _liger, against="tdkd linear", compiles=True),
     ],
+    # forward and backward: the dense gradient is written, and what is gathered hardly counts
+    "gather_q": [
+        Rival("copy", _copied, passes=2, device="cuda"),
+        Rival("amax", _amax, passes=1),
+        Rival("tdkd", _gather_q("fused"), passes=1),
+        Rival("tdkd reference", _gather_q("reference"), passes=1),
+        Rival("torch eager", lambda case: _gather(_plain_gather), passes=1),
+        Rival(
+            "torch.compile",
+            lambda case: _gather(torch.compile(_plain_gather, dynamic=False)),
+            passes=1,
+            compiles=True,
+        ),
+    ],
+    # forward and backward: read twice, and the gradient is written
+    "soft_value": [
+        Rival("copy", _copied, passes=2, device="cuda"),
+        Rival("amax", _amax, passes=1),
+        Rival("tdkd", _soft_value("fused"), passes=3),
+        Rival("tdkd reference", _soft_value("reference"), passes=3),
+        Rival("torch eager", lambda case: _value(_plain_value), passes=3),
+        Rival(
+            "torch.compile",
+            lambda case: _value(torch.compile(_plain_value, dynamic=False)),
+            passes=3,
+            compiles=True,
+        ),
+    ],
+    # forward; a chain of rows, not bandwidth, is what it waits for
+    "td_target": [
+        Rival("copy", _copied, passes=2, device="cuda"),
+        Rival("amax", _amax, passes=1),
+        Rival("tdkd", _td_target("fused")),
+        Rival("tdkd reference", _td_target("reference")),
+        Rival("torch eager", _plain_targets),
+        Rival(
+            "torch.compile",
+            lambda case: torch.compile(lambda inputs: _targets(inputs, "reference"), dynamic=False),
+            compiles=True,
+        ),
+    ],
 }
+
+
+def rivals_of(case: Case) -> list[Rival]:
+    """Who is timed on a case."""
+    return [r for r in RIVALS[case.op] if r.device in (None, case.device)]

@@ -104,8 +104,8 @@ def _evaluate(
 
 @app.command("bench")
 def _bench(
-    suite: Annotated[str, typer.Option(help="quick, cpu or adversarial")] = "quick",
-    op: Annotated[str | None, typer.Option(help="select_actions or td_loss alone")] = None,
+    suite: Annotated[str, typer.Option(help="quick, cpu, small, adversarial, gpu")] = "quick",
+    op: Annotated[str | None, typer.Option(help="the cases of this op alone")] = None,
     vocab: Annotated[
         list[int] | None, typer.Option(help="in place of the suite's; may be repeated")
     ] = None,
@@ -117,28 +117,40 @@ def _bench(
     logits: Annotated[
         list[str] | None, typer.Option(help="random, peaked, ascending ...; may be repeated")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="times of each rival; slow ones get fewer")] = 10,
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="times of each rival, 10, or 20 on a GPU; slow ones get fewer"),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="of torch; its own choice without")] = None,
     output: Annotated[str, typer.Option(help="directory to write to")] = "benchmarks/results",
     name: Annotated[str | None, typer.Option(help="of the files, without extension")] = None,
     compile: Annotated[bool, typer.Option(help="also time what torch.compile makes")] = True,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    budget: Annotated[
+        float | None, typer.Option(help="seconds after which no new case begins")
+    ] = None,
 ) -> None:
     """Time the ops, and count their memory, against what else one could call."""
+    from tdkd.benchmark.run import Options
     from tdkd.cli.bench import run
 
     run(
-        suite=suite,
-        op=op,
-        vocab=vocab or [],
-        rows=rows,
-        k=k or [],
-        dtype=dtype or [],
-        logits=logits or [],
-        rounds=rounds,
-        threads=threads,
-        output=output,
-        name=name,
-        compile=compile,
+        Options(
+            suite=suite,
+            op=op,
+            vocab=vocab or [],
+            rows=rows,
+            k=k or [],
+            dtype=dtype or [],
+            logits=logits or [],
+            rounds=rounds,
+            threads=threads,
+            output=output,
+            name=name,
+            compile=compile,
+            device=device,
+            budget=budget,
+        )
     )
 
 

@@ -1,0 +1,197 @@
+#!/usr/bin/env bash
+# Everything that a GPU can prove and measure, in one command of at most 9 minutes, without network:
+#     benchmarks/gpu.sh                 results in ${OUT:-benchmarks/results}, a short table last
+#     REHEARSE=1 benchmarks/gpu.sh      the same stages on CPU at tiny shapes (build/rehearsal)
+# ${PYTHON:-python3} must hold torch; STAGES="bench table" runs these alone. Every stage has a limit,
+# and none that fails or runs late costs the others. Exits with 0 where all of them passed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+STAGES=${STAGES:-environment build gpu_tests tune bench sanitizer triton_tests table}
+REHEARSE=${REHEARSE:-}
+LIMIT=${LIMIT:-530}  # seconds in all
+if [[ -n $REHEARSE ]]; then
+    OUT=${OUT:-build/rehearsal}
+    export DEVICE=cpu TRITON_INTERPRET=1 OMP_NUM_THREADS=1
+else
+    OUT=${OUT:-benchmarks/results}
+    export DEVICE=cuda
+    unset TRITON_INTERPRET
+fi
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+mkdir -p "$OUT" || exit 1
+OUT=$(cd "$OUT" && pwd)
+export OUT
+LOGS=$(mktemp -d)
+trap 'rm -rf "$LOGS"' EXIT
+rm -f "$OUT"/gpu{.json,.png,.log} "$OUT"/gpu-{environment,tuned}.json "$OUT/gpu-summary.txt"
+touch "$OUT/gpu-summary.txt"
+
+left() { echo $((LIMIT - SECONDS)); }
+
+# What this machine has.
+environment() {
+    nvidia-smi || [[ -n $REHEARSE ]] || return 1
+    $PYTHON - <<'PYTHON'
+import json, os, pathlib, platform
+from importlib.metadata import version, PackageNotFoundError
+
+from tdkd.benchmark.report import environment
+
+found = environment(os.environ["DEVICE"])
+packages = ("numpy", "setuptools", "ninja", "pytest", "pytest-xdist", "hypothesis", "transformers",
+            "matplotlib", "typer", "rich", "liger-kernel", "triton")
+for package in packages:
+    try:
+        found["versions"][package] = version(package)
+    except PackageNotFoundError:
+        found["versions"][package] = None
+text = json.dumps(found, indent=2)
+print(text)
+pathlib.Path(os.environ["OUT"], "gpu-environment.json").write_text(text + "\n")
+PYTHON
+}
+
+# The CPU kernels, in place.
+build() {
+    $PYTHON setup.py -q build_ext --inplace && return
+    # setuptools before 77 cannot read this pyproject.toml
+    local scratch=$LOGS/build
+    mkdir -p "$scratch/tdkd" && cp -r setup.py csrc "$scratch" && touch "$scratch/tdkd/__init__.py" &&
+        printf '[metadata]\nname = tdkd\n[options]\npackages = tdkd\n' >"$scratch/setup.cfg" &&
+        (cd "$scratch" && $PYTHON setup.py -q build_ext --inplace) && cp "$scratch"/tdkd/_C*.so tdkd/
+}
+
+run_pytest() {
+    $PYTHON -m pytest -q -p no:cacheprovider --durations=5 "$@"
+}
+
+gpu_tests() {
+    run_pytest tests/gpu
+    local status=$?
+    # without a GPU there is nothing to collect
+    [[ -n $REHEARSE && $status -eq 5 ]] && return 0
+    return $status
+}
+
+triton_tests() {
+    local options=()
+    if [[ -n $REHEARSE ]]; then
+        options=(-k "empty_shapes or infinite")
+    elif $PYTHON -c "import xdist" 2>/dev/null; then
+        options=(-n 8)  # most of the time is spent in the compiler
+    fi
+    run_pytest tests/test_triton.py "${options[@]}"
+}
+
+# A small loss, forward and backward, under memcheck.
+sanitizer() {
+    local tool=()
+    if [[ -z $REHEARSE ]]; then
+        local found
+        found=$(PATH="$PATH:/usr/local/cuda/bin" command -v compute-sanitizer) || {
+            echo "compute-sanitizer is not here"
+            return 77
+        }
+        tool=("$found" --tool memcheck --error-exitcode 9)
+    fi
+    # without torch's cache every tensor has bounds of its own
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${tool[@]}" "$PYTHON" - <<'PYTHON'
+import os
+
+import torch
+
+from tdkd import ops
+
+torch.manual_seed(0)
+device = os.environ["DEVICE"]
+for dtype in (torch.bfloat16, torch.float32):
+    student = torch.randn(33, 5003, device=device).to(dtype).requires_grad_()
+    teacher = (torch.randn(33, 5003, device=device) * 3).to(dtype)
+    tokens = torch.randint(5003, (33,), device=device)
+    tokens[5] = -100
+    ops.td_loss(student, teacher, tokens, k=64, impl="fused").loss.backward()
+    assert student.grad.isfinite().all()
+q = torch.randn(33, 70, device=device, requires_grad=True)
+value = ops.soft_value(q, impl="fused")
+successor = torch.arange(1, 34, device=device)
+successor[-1] = -1
+ops.td_target(value, successor, lam=0.9, impl="fused").sum().backward()
+ids = torch.randint(5003, (33, 64), device=device, dtype=torch.int32)
+ops.gather_q(student, ids, impl="fused").sum().backward()
+print("done:", float(q.grad.sum()))
+PYTHON
+}
+
+tune() {
+    if [[ -n $REHEARSE ]]; then
+        $PYTHON benchmarks/tune.py --device cpu --rows 1 --vocab 300 --k 4 --rounds 1 \
+            --output "$OUT/gpu-tuned.json"
+    else
+        $PYTHON benchmarks/tune.py --budget 55 && cp tdkd/kernels/tuned.json "$OUT/gpu-tuned.json"
+    fi
+}
+
+bench() {
+    local options=(--suite gpu --device "$DEVICE" --budget "$BUDGET" --output "$OUT" --name gpu)
+    [[ -n $REHEARSE ]] && options+=(--rows 8 --vocab 512 --rounds 2 --no-compile)
+    $PYTHON -m tdkd.benchmark "${options[@]}"
+}
+
+# The short table, and the picture where the benchmark was cut off before it.
+table() {
+    [[ -f $OUT/gpu-tuned.json ]] && echo "tuned: $(tr -d ' \n' <"$OUT/gpu-tuned.json")"
+    $PYTHON -m tdkd.benchmark --show "$OUT/gpu.json"
+}
+
+# stage NAME SECONDS: runs the function, and writes down how it went.
+stage() {
+    local name=$1 limit=$2 began=$SECONDS verdict
+    [[ " $STAGES " == *" $name "* ]] || return 0
+    if ((limit > $(left))); then limit=$(left); fi
+    if ((limit < 5)); then
+        verdict="no time left"
+    else
+        echo "==> $name (at most $limit s)"
+        timeout -k 5 "$limit" bash -c "$FUNCTIONS; $name" >"$LOGS/$name.log" 2>&1 </dev/null
+        local status=$?
+        case $status in
+        0) verdict=passed ;;
+        77) verdict="not here" ;;
+        124 | 137) verdict="out of time" ;;
+        *) verdict="failed ($status)" ;;
+        esac
+    fi
+    {
+        echo "===== $name: $verdict, $((SECONDS - began)) s"
+        [[ -f $LOGS/$name.log ]] && tail -c 200000 "$LOGS/$name.log"
+    } >>"$OUT/gpu.log"
+    printf '%-14s %-14s %4d s\n' "$name" "$verdict" "$((SECONDS - began))" >>"$OUT/gpu-summary.txt"
+    # the end of what went wrong is worth its lines
+    [[ $verdict == passed || $verdict == "not here" || $name == table ]] ||
+        { [[ -f $LOGS/$name.log ]] && tail -n 25 "$LOGS/$name.log"; }
+}
+
+export PYTHON REHEARSE LOGS
+FUNCTIONS=$(declare -f environment build run_pytest gpu_tests triton_tests sanitizer tune bench table)
+stage environment 30
+stage build 80
+stage gpu_tests 150
+stage tune 80
+# what is left, but for those that follow
+BUDGET=$(($(left) - 140))
+((BUDGET > 230)) && BUDGET=230
+((BUDGET < 60)) && BUDGET=60
+export BUDGET
+stage bench $((BUDGET + 30))
+# nothing is timed any more: these two share the machine
+stage sanitizer $(($(left) - 25)) &
+stage triton_tests $(($(left) - 25)) &
+wait
+stage table 30
+echo
+[[ -f $LOGS/table.log ]] && cat "$LOGS/table.log"
+echo
+cat "$OUT/gpu-summary.txt"
+! grep -qvE '^[a-z_]+ +(passed|not here) ' "$OUT/gpu-summary.txt"
