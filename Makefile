@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test bench sanitize instructions lint format clean help
+.PHONY: demo test bench sanitize oldest-triton instructions lint format clean help
 
 help:
 	@echo "make demo    distil a small student on this machine and write runs/demo/report.md"
 	@echo "make test    lint, types and tests, as CI runs them"
 	@echo "make bench   time the ops against their rivals; results in benchmarks/results/"
 	@echo "make sanitize      the op tests under AddressSanitizer and UBSan"
+	@echo "make oldest-triton the Triton kernels on Triton 3.6"
 	@echo "make instructions  instructions a logit of the CPU kernels, under callgrind"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove the virtual environment, the caches and runs/"
@@ -56,6 +57,13 @@ sanitize: $(VENV)/.ready
 		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=. \
 		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/test_kernels.py \
 		-k "not compile and not opcheck and not stable_abi"
+
+# The Triton kernels on the oldest Triton that is supported; its interpreter needs an older NumPy.
+oldest-triton: $(VENV)/.ready
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --upgrade --quiet --target build/oldest-triton \
+		triton==3.6.0 "numpy<2.4"
+	PYTHONPATH=build/oldest-triton $(BIN)/python -m pytest -n 2 tests/test_triton.py
+	PYTHONPATH=build/oldest-triton $(BIN)/python -m pytest tests/test_triton_compiled.py
 
 # Instructions a logit of each row body under callgrind, against benchmarks/rows/instructions.json.
 instructions:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tdkd.kernels import gather_q as _gather_q
-from tdkd.kernels import native as _native
+from tdkd.kernels import backends as _backends
 from tdkd.kernels import select_actions as _select_actions
 from tdkd.kernels import soft_value as _soft_value
 from tdkd.kernels import student_rows as _student_rows
@@ -110,7 +110,7 @@ def select_actions(
             _ids_below("include", include, logits.shape[-1])
     if check:
         _usable("logits", logits)
-    op = _select_actions if _fused(impl, logits) else _select_actions_reference
+    op = _select_actions if _fused(impl, logits, k=k) else _select_actions_reference
     return op.select_actions(logits, k, top_p, scale, include)
 
 
@@ -147,7 +147,7 @@ def gather_q(
     _set_ids("ids", ids, logits.shape[:-1], logits)
     if check:
         _ids_below("ids", ids, logits.shape[-1])
-    op = _gather_q if _fused(impl, logits) else _gather_q_reference
+    op = _gather_q if _fused(impl, logits, k=ids.shape[-1]) else _gather_q_reference
     return op.gather_q(logits, ids, scale)
 
 
@@ -360,16 +360,16 @@ def td_loss(
     objective = IQLearn() if objective is None else objective
 
     # rows that are no states are not even read
-    select = _select_actions if _fused(impl, teacher_logits) else _select_actions_reference
+    select = _select_actions if _fused(impl, teacher_logits, k=k) else _select_actions_reference
     actions = select.select_actions(
         teacher_logits, k, top_p, teacher_scale, torch.where(state, tokens, -1), state
     )
     if _needs_normaliser(objective, q):
-        student_rows = _rows_of(impl, student_logits)
+        student_rows = _rows_of(impl, student_logits, k)
         z, log_rest = student_rows(student_logits, actions.ids, scale, state=state)
         log_rest = log_rest.flatten()
     else:
-        gather = _gather_q if _fused(impl, student_logits) else _gather_q_reference
+        gather = _gather_q if _fused(impl, student_logits, k=k) else _gather_q_reference
         z, log_rest = gather.gather_q(student_logits, actions.ids, scale), None
     return _td_output(
         z.reshape(tokens.numel(), k),
@@ -442,7 +442,7 @@ def _select_from_head(
     impl: Impl,
 ) -> ActionSet:
     lead = hidden.shape[:-1]
-    op = _select_actions if _fused(impl, hidden) else _select_actions_reference
+    op = _select_actions if _fused(impl, hidden, k=k) else _select_actions_reference
     actions = _linear_select_actions.linear_select_actions(
         hidden.reshape(lead.numel(), hidden.shape[-1]),
         weight,
@@ -541,7 +541,7 @@ def linear_logsumexp(
     flat = hidden.reshape(lead.numel(), hidden.shape[-1])
     nothing = torch.empty((flat.shape[0], 0), dtype=torch.int64, device=hidden.device)
     rows = _linear_rows.linear_rows(
-        flat, weight, bias, nothing, scale, vocabulary, student_rows=_rows_of(impl, hidden)
+        flat, weight, bias, nothing, scale, vocabulary, student_rows=_rows_of(impl, hidden, 1)
     )
     return rows.log_rest.view(lead)
 
@@ -722,7 +722,13 @@ def linear_td_loss(
         elif normaliser == "exact" and vocabulary is not None:
             raise ValueError('vocabulary: expected None with normaliser="exact", got a Vocabulary')
         z, log_rest = _linear_rows.linear_rows(
-            flat, weight, bias, ids, scale, vocabulary, student_rows=_rows_of(impl, student_hidden)
+            flat,
+            weight,
+            bias,
+            ids,
+            scale,
+            vocabulary,
+            student_rows=_rows_of(impl, student_hidden, ids.shape[-1]),
         )
     else:
         _no_kernel("linear_gather_q", impl)
@@ -743,8 +749,8 @@ def linear_td_loss(
     )
 
 
-def _rows_of(impl: Impl, student: Tensor) -> Callable[..., StudentRows]:
-    op = _student_rows if _fused(impl, student) else _student_rows_reference
+def _rows_of(impl: Impl, student: Tensor, k: int) -> Callable[..., StudentRows]:
+    op = _student_rows if _fused(impl, student, k=k) else _student_rows_reference
     return op.student_rows
 
 
@@ -839,12 +845,12 @@ def _accumulated(x: Tensor) -> Tensor:
 # What the ops refuse. Each message names the argument, what was expected and what came.
 
 
-def _fused(impl: str, *tensors: Tensor) -> bool:
-    """Whether the kernel takes these tensors and is wanted."""
+def _fused(impl: str, *tensors: Tensor, k: int = 1) -> bool:
+    """Whether the kernel is wanted, and takes these tensors and sets of ``k``."""
     _choice("impl", impl, ("auto", "reference", "fused"))
     if impl == "reference":
         return False
-    reason = _native.why_not(*tensors)
+    reason = _backends.why_not(*tensors, k=k)
     if impl == "fused" and reason is not None:
         raise NotImplementedError(f'impl: expected "auto" or "reference", got "fused": {reason}')
     return reason is None

@@ -1,13 +1,15 @@
-"""Logits to test and to time with: what models give, and what breaks a selection."""
+"""Cases to test and to time with: what models give, what breaks a kernel, and how to judge one."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tdkd.errors import UserError
+from tdkd.types import Scale
 
 LOGITS = (
     "random",
@@ -80,3 +82,78 @@ def _raise_likely(logits: Tensor, generator: torch.Generator) -> None:
     rest = math.log(vocab) + STD**2 / 2  # log of sum exp over V normal logits, in expectation
     jitter = torch.randn(rows, count, generator=generator, device=logits.device).mul_(0.5)
     logits.scatter_(1, ids, rest + odds.log() + jitter)
+
+
+SCALES = (Scale(), Scale(1.7), Scale(0.6, 5.0, 0.8))
+"""A plain head, a temperature, and all three numbers at once."""
+
+
+def hard_rows(vocab: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Logits ``[14, vocab]``: one row of every kind that once broke a selection."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(14, vocab, generator=generator) * 2.5
+    spread = torch.arange(vocab, dtype=torch.float32)
+    x[1] = 0.0
+    x[2] = spread / 100
+    x[3] = -spread / 100
+    x[4, vocab // 2 :] = -torch.inf
+    x[5] = x[5].round()
+    x[6] = -torch.inf
+    x[7, vocab // 3] = torch.nan
+    x[8, -1] = torch.inf
+    x[9] = -3e4
+    x[9, -1] = 3e4
+    x[10] = torch.where(spread % 2 == 0, 0.0, -0.0)
+    x[11] = -torch.inf
+    x[11, vocab // 2] = -7.0
+    x[12] = spread * (2000.0 / max(vocab, 1)) - 1000.0
+    x[13] = x[13] * 1e-40 if dtype == torch.float32 else x[13] * 1e-3
+    return x.to(dtype)
+
+
+class StudentCase(NamedTuple):
+    """Six rows of student logits with five ids each, and gradients to send back."""
+
+    logits: Tensor
+    ids: Tensor
+    state: Tensor
+    log_weight: Tensor | None
+    grad_z: Tensor
+    grad_rest: Tensor
+
+
+def student_case(vocab: int, dtype: torch.dtype, weighted: bool, seed: int) -> StudentCase:
+    """A sure row, one with -inf, one at level 100, a duplicate id, and a row that is no state."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, k = 6, min(5, vocab)
+    logits = torch.randn(rows, vocab, generator=generator) * 3
+    logits[1] = -30.0
+    logits[1, 0] = 30.0
+    logits[2, vocab // 2 :] = -torch.inf
+    logits[3] += 100.0
+    ids = torch.stack([torch.randperm(vocab, generator=generator)[:k] for _ in range(rows)])
+    ids[0, 0] = -1
+    ids[1, 0] = 0
+    ids[4, -1] = ids[4, 0]  # a duplicate
+    state = torch.ones(rows, dtype=torch.bool)
+    state[5] = False
+    log_weight = torch.rand(vocab, generator=generator) if weighted else None
+    grad_z = torch.randn(rows, k, generator=generator)
+    grad_rest = torch.randn(rows, generator=generator)
+    return StudentCase(logits.to(dtype), ids, state, log_weight, grad_z, grad_rest)
+
+
+def ulps(got: Tensor, expected: Tensor, wanted: Tensor) -> float:
+    """Largest excess of |got - wanted| over |expected - wanted|, in last places of ``wanted``.
+
+    ``wanted`` is the float64 reference, ``expected`` the reference in the dtype of ``got``; entries
+    that are not finite must be equal.
+    """
+    finite = wanted.isfinite()
+    if not torch.equal(got[~finite].double(), wanted[~finite].double()):
+        return math.inf
+    got, expected, wanted = (x[finite].double() for x in (got, expected, wanted))
+    if not wanted.numel():
+        return 0.0
+    last = wanted.abs().clamp(min=1.0) * torch.finfo(torch.float32).eps
+    return float((((got - wanted).abs() - (expected - wanted).abs()) / last).max())

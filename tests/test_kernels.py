@@ -12,18 +12,18 @@ import torch
 from torch.library import opcheck
 
 from tdkd import ops
-from tdkd.kernels import gather_q, native, select_actions, soft_value, student_rows, td_target
+from tdkd.kernels import backends, gather_q, select_actions, soft_value, student_rows, td_target
 from tdkd.kernels.student_rows import reference as student_rows_reference
 from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn
+from tdkd.testing import SCALES, hard_rows, student_case, ulps
 from tdkd.types import Scale
 
-pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
+pytestmark = pytest.mark.skipif(backends.MISSING is not None, reason=str(backends.MISSING))
 
 ISAS = ["portable", "avx2", "avx512"]
-if native.MISSING is None:
-    ISAS = ISAS[: ISAS.index(native.capability()) + 1]
+if backends.MISSING is None:
+    ISAS = ISAS[: ISAS.index(backends.capability()) + 1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SCALES = [Scale(), Scale(1.7), Scale(0.6, 5.0, 0.8)]
 INF = torch.inf
 
 
@@ -33,44 +33,10 @@ def isa(request, monkeypatch):
     return request.param
 
 
-def make_rows(vocab, dtype, seed=0):
-    """Rows of every kind that once broke a selection: one kind a row."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(14, vocab, generator=generator) * 2.5
-    spread = torch.arange(vocab, dtype=torch.float32)
-    x[1] = 0.0
-    x[2] = spread / 100
-    x[3] = -spread / 100
-    x[4, vocab // 2 :] = -INF
-    x[5] = x[5].round()
-    x[6] = -INF
-    x[7, vocab // 3] = torch.nan
-    x[8, -1] = INF
-    x[9] = -3e4
-    x[9, -1] = 3e4
-    x[10] = torch.where(spread % 2 == 0, 0.0, -0.0)
-    x[11] = -INF
-    x[11, vocab // 2] = -7.0
-    x[12] = spread * (2000.0 / max(vocab, 1)) - 1000.0
-    x[13] = x[13] * 1e-40 if dtype == torch.float32 else x[13] * 1e-3
-    return x.to(dtype)
-
-
-def ulps(got, expected, wanted):
-    """Largest excess of |got - wanted| over |expected - wanted|, in last places of ``wanted``."""
-    finite = wanted.isfinite()
-    assert torch.equal(got[~finite].double(), wanted[~finite])
-    got, expected, wanted = (x.double()[finite] for x in (got, expected, wanted))
-    if not wanted.numel():
-        return 0.0
-    last = torch.maximum(wanted.abs(), torch.tensor(1.0)) * torch.finfo(torch.float32).eps
-    return float((((got - wanted).abs() - (expected - wanted).abs()) / last).max())
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 2, 17, 127, 128, 256, 257, 1000, 4100])
 def test_sets_equal_the_reference_bit_for_bit(isa, vocab, dtype):
-    logits = make_rows(vocab, dtype)
+    logits = hard_rows(vocab, dtype)
     taken = torch.randint(-1, vocab, logits.shape[:1], generator=torch.Generator().manual_seed(1))
     for k in (1, 2, 64, 300, 1024):
         for top_p in (1.0, 0.9, 0.3):
@@ -148,33 +114,13 @@ def test_strided_logits_are_read_in_place(isa):
         assert torch.equal(got_q, ops.gather_q(view, ids, impl="reference"))
 
 
-def _student_case(vocab, dtype, scale, weighted, seed):
-    generator = torch.Generator().manual_seed(seed)
-    rows, k = 6, min(5, vocab)
-    logits = torch.randn(rows, vocab, generator=generator) * 3
-    logits[1] = -30.0
-    logits[1, 0] = 30.0
-    logits[2, vocab // 2 :] = -INF
-    logits[3] += 100.0
-    ids = torch.stack([torch.randperm(vocab, generator=generator)[:k] for _ in range(rows)])
-    ids[0, 0] = -1
-    ids[1, 0] = 0
-    ids[4, -1] = ids[4, 0]  # a duplicate
-    state = torch.ones(rows, dtype=torch.bool)
-    state[5] = False
-    log_weight = torch.rand(vocab, generator=generator) if weighted else None
-    grad_z = torch.randn(rows, k, generator=generator)
-    grad_rest = torch.randn(rows, generator=generator)
-    return logits.to(dtype), ids, state, log_weight, grad_z, grad_rest
-
-
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 7, 16, 300, 1025, 5000])
 def test_student_rows_forward_and_gradient(isa, vocab, dtype, scale, weighted):
-    logits, ids, state, log_weight, grad_z, grad_rest = _student_case(
-        vocab, dtype, scale, weighted, seed=vocab
+    logits, ids, state, log_weight, grad_z, grad_rest = student_case(
+        vocab, dtype, weighted, seed=vocab
     )
 
     def run(function, logits):
@@ -521,10 +467,10 @@ def test_torch_compile_without_a_graph_break(objective):
 
 def test_capability_is_chosen_by_the_environment(monkeypatch):
     monkeypatch.setenv("TDKD_CPU_CAPABILITY", "portable")
-    assert native.capability() == "portable"
+    assert backends.capability() == "portable"
     monkeypatch.setenv("TDKD_CPU_CAPABILITY", "sse9")
     with pytest.raises(RuntimeError, match="TDKD_CPU_CAPABILITY: expected portable.*got sse9"):
-        native.capability()
+        backends.capability()
 
 
 def test_library_asks_torch_for_its_stable_abi_alone():

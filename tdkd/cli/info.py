@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tdkd
-from tdkd.kernels import native
+from tdkd.kernels import backends
 
 EXTRAS = {
     "triton": "triton",
@@ -41,6 +41,6 @@ def run() -> None:
         "cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )
     table.add_row("ops", 'impl="reference" on every device')
-    table.add_row("cpu kernels", native.MISSING or native.capability())
-    table.add_row("gpu kernels", 'none yet: impl="fused" raises')
+    table.add_row("cpu kernels", backends.MISSING or backends.capability())
+    table.add_row("gpu kernels", backends.GPU_MISSING or f"Triton, sets of {backends.GPU_MAX_K}")
     Console().print(table)

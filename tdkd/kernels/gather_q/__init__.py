@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tdkd.kernels.native import LIBRARY, fake
+from tdkd.kernels.backends import LIBRARY, fake, on_gpu
 from tdkd.types import Scale
 
 LIBRARY.define(
@@ -29,6 +29,7 @@ fake(
     "gather_q_backward",
     lambda grad, logits, ids, temperature, softcap, logit_scale: logits.new_empty(logits.shape),
 )
+on_gpu(__name__, "gather_q", "gather_q_backward")
 
 
 class _GatherQ(torch.autograd.Function):

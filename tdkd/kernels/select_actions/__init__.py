@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tdkd.kernels.native import LIBRARY, fake
+from tdkd.kernels.backends import LIBRARY, fake, on_gpu
 from tdkd.types import ActionSet, Scale
 
 LIBRARY.define(
@@ -33,6 +33,7 @@ def _fake(
 
 
 fake("select_actions", _fake)
+on_gpu(__name__, "select_actions")
 
 
 def select_actions(

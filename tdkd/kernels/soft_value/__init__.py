@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tdkd.kernels.native import LIBRARY, fake
+from tdkd.kernels.backends import LIBRARY, fake, on_gpu
 
 LIBRARY.define("soft_value(Tensor q) -> Tensor")
 LIBRARY.define("soft_value_backward(Tensor grad, Tensor q) -> Tensor")
 fake("soft_value", lambda q: q.new_empty(q.shape[:-1]))
 fake("soft_value_backward", lambda grad, q: q.new_empty(q.shape))
+on_gpu(__name__, "soft_value", "soft_value_backward")
 
 
 class _SoftValue(torch.autograd.Function):

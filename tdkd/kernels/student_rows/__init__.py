@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tdkd.kernels.native import LIBRARY, fake
+from tdkd.kernels.backends import LIBRARY, fake, on_gpu
 from tdkd.types import Scale, StudentRows
 
 _OPTIONS = "float temperature, float? softcap, float logit_scale, Tensor? log_weight, Tensor? state"
@@ -33,6 +33,7 @@ fake(
     "student_rows_backward",
     lambda grad_z, grad_rest, logits, ids, log_rest, *options: logits.new_empty(logits.shape),
 )
+on_gpu(__name__, "student_rows", "student_rows_backward")
 
 
 class _StudentRows(torch.autograd.Function):

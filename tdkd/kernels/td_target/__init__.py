@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tdkd.kernels.native import LIBRARY, fake
+from tdkd.kernels.backends import LIBRARY, fake, on_gpu
 
 LIBRARY.define(
     "td_target(Tensor value, Tensor successor, Tensor? reward, float gamma, float? lam) -> Tensor"
@@ -21,6 +21,7 @@ fake(
     "td_target_backward",
     lambda grad, successor, gamma, lam: (grad.new_empty(grad.shape), grad.new_empty(grad.shape)),
 )
+on_gpu(__name__, "td_target", "td_target_backward")
 
 
 class _TDTarget(torch.autograd.Function):

@@ -1,0 +1,305 @@
+"""Compiles every Triton kernel for GPUs that are not here, and reads what came out.
+
+    python benchmarks/compiled.py [--json FILE] [--target sm_90 ...]
+
+For NVIDIA: registers, spills, shared memory, 16-byte loads in the main loop and its instructions a
+logit, from the SASS. For AMD: registers and spills. Exits with 1 where a budget is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tdkd.kernels import rows, tuning
+from tdkd.kernels.gather_q import triton as gather_q
+from tdkd.kernels.select_actions import triton as select_actions
+from tdkd.kernels.soft_value import triton as soft_value
+from tdkd.kernels.student_rows import triton as student_rows
+from tdkd.kernels.td_target import triton as td_target
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+SHIFTS = {"bfloat16": 16, "float16": 13, "float32": 0}
+VOCAB = 151_936
+
+BUDGETS = {
+    # instructions of a thread a logit in the main loop, 16-bit and 32-bit logits; registers
+    "select_stream": (9.5, 10.0, 128),
+    "student_stream": (13.5, 19.0, 64),
+    "student_grad": (10.5, 8.5, 64),
+    # kernels without a main loop
+    "select": (None, None, 128),
+    "student_finish": (None, None, 64),
+}
+"""At full bandwidth an H100 can issue 19.7 instructions in the time of one bfloat16 logit, twice as
+many in that of a float32 one. Registers are such that at least 16 warps fit a multiprocessor."""
+
+
+class Job(NamedTuple):
+    """One kernel at one size."""
+
+    kernel: str
+    dtype: str
+    target: str
+    k: int = 64
+
+
+class Report(NamedTuple):
+    """What a compiled kernel takes; None where the target's tools do not tell."""
+
+    kernel: str
+    dtype: str
+    target: str
+    k: int
+    warps: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    wide_loads: int | None = None
+    """16-byte loads from global memory in the main loop."""
+    instructions_a_logit: float | None = None
+    """of the main loop; None for kernels without one."""
+
+
+def jobs(targets: list[str]) -> Iterator[Job]:
+    """Every kernel: all dtypes on sm_90, bfloat16 elsewhere; large sets on sm_90."""
+    for target in targets:
+        for dtype in DTYPES if target == "sm_90" else ["bfloat16"]:
+            for kernel in ("select_stream", "select", "student_stream", "student_finish"):
+                yield Job(kernel, dtype, target)
+            yield Job("student_grad", dtype, target)
+        for kernel in ("scatter", "gather", "soft_value", "soft_value_grad", "td_step"):
+            yield Job(kernel, "bfloat16", target)
+        if target == "sm_90":
+            yield Job("select", "bfloat16", target, 1024)
+            yield Job("select", "float32", target, 1024)
+            yield Job("student_finish", "bfloat16", target, 1024)
+            yield Job("scatter", "bfloat16", target, 1024)
+
+
+def kernel_of(job: Job) -> tuple[Any, dict[str, Any], int, int]:
+    """The function, its constants, warps, and the logits of a tile (0: it has no main loop)."""
+    k = triton.next_power_of_2(max(job.k, 16))
+    group = select_actions.group_size(VOCAB, job.k)
+    plain = {"CAPPED": False, "HAS_STATE": True}
+    if job.kernel in tuning.CHOICES:
+        launch = tuning.CHOICES[job.kernel][0]
+        plain |= {"BLOCK": launch.block, "STAGES": launch.num_stages}
+        if job.kernel == "select_stream":
+            function, extra = select_actions._stream, {"GROUP": group}
+        elif job.kernel == "student_stream":
+            function = student_rows._stream
+            extra = {"GROUP": student_rows.GROUP, "HAS_WEIGHT": False}
+        else:
+            function, extra = student_rows._gradient, {"HAS_WEIGHT": False}
+        return function, plain | extra, launch.num_warps, launch.block
+    if job.kernel == "select":
+        held = select_actions.blocks(job.k)
+        extra = {"HAS_TAKEN": True, "CAP": held.cap, "CHUNK": held.chunk, "GROUP": group}
+        extra |= {"SPLITS": 1, "SHIFT": SHIFTS[job.dtype]}
+        return select_actions._select, plain | extra, held.warps, 0
+    if job.kernel == "student_finish":
+        size = triton.next_power_of_2(triton.cdiv(VOCAB, student_rows.GROUP))
+        extra = {"HAS_WEIGHT": False, "K": k, "SLOTS": 16, "GROUP": student_rows.GROUP}
+        warps = student_rows.finish_warps(k, size)
+        return student_rows._finish, plain | extra | {"GROUPS": size}, warps, 0
+    if job.kernel == "scatter":
+        return rows._scatter_rows, plain | {"K": k}, rows.scatter_warps(k), 0
+    if job.kernel == "gather":
+        return gather_q._gather, {"CAPPED": False, "K": k}, 1, 0
+    if job.kernel in ("soft_value", "soft_value_grad"):
+        function = soft_value._soft_value if job.kernel == "soft_value" else soft_value._backward
+        return function, {"K": k}, 1, 0
+    assert job.kernel == "td_step"
+    constants = {"HAS_REWARD": True, "BOOTSTRAPS": True, "CHAINS": True, "BLOCK": td_target._BLOCK}
+    return td_target._step, constants, 4, 0
+
+
+POINTERS = {
+    "level_ptr": "fp32",
+    "total_ptr": "fp32",
+    "weight_ptr": "fp32",
+    "sums_ptr": "fp32",
+    "z_ptr": "fp32",
+    "log_probs_ptr": "fp32",
+    "grad_z_ptr": "fp32",
+    "q_ptr": "fp32",
+    "value_ptr": "fp32",
+    "out_ptr": "fp32",
+    "reward_ptr": "fp32",
+    "b_ptr": "fp32",
+    "c_ptr": "fp32",
+    "s_ptr": "i64",
+    "successor_ptr": "i64",
+    "log_rest_ptr": "fp64",
+    "grad_rest_ptr": "fp64",
+    "state_ptr": "i1",
+    "taken_ptr": "i64",
+    "members_ptr": "i64",
+    "list_ptr": "i32",
+    "found_ptr": "i64",
+    "ids_ptr": "i32",
+    "count_ptr": "i32",
+}
+FLOATS = {"slope", "slope_log2e", "unit", "inner", "outer", "reach", "share", "carry"}
+DIVISIBLE = {"outer_stride", "stride", "V", "chunk"}
+
+
+def signature(job: Job, function: Any, constants: dict[str, Any]) -> tuple[dict[str, str], dict]:
+    """Types of the arguments, and which are divisible by 16, as a launch would find them."""
+    types, divisible = {}, {}
+    for i, name in enumerate(function.arg_names):
+        if name in constants:
+            types[name] = "constexpr"
+        elif name == "order_ptr":
+            types[name] = "*i64" if job.kernel == "scatter" else "*i32"
+        elif name == "grad_ptr" and job.kernel == "soft_value_grad":
+            types[name] = "*fp32"
+        elif name.endswith("_ptr"):
+            types[name] = "*" + POINTERS.get(name, DTYPES[job.dtype])
+        else:
+            types[name] = "fp32" if name in FLOATS else "i32"
+        if name.endswith("_ptr") or name in DIVISIBLE:
+            divisible[(i,)] = [["tt.divisibility", 16]]
+    return types, divisible
+
+
+def compile_one(job: Job) -> Report | str:
+    """The report, or what the compiler says against it."""
+    try:
+        return read_one(job)
+    except triton.CompilationError as error:
+        return str(error)
+
+
+def read_one(job: Job) -> Report:
+    function, constants, warps, tile = kernel_of(job)
+    types, divisible = signature(job, function, constants)
+    source = ASTSource(fn=function, signature=types, constexprs=constants, attrs=divisible)
+    target = TARGETS[job.target]
+    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    told = (job.kernel, job.dtype, job.target, job.k, warps)
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        registers, spills, scratch = (
+            int(re.search(rf"{field}:?\s+(\d+)", text)[1])  # type: ignore[index]
+            for field in (r"\.vgpr_count", r"\.vgpr_spill_count", r"\.private_segment_fixed_size")
+        )
+        return Report(*told, registers, 4 * spills + scratch, compiled.metadata.shared)
+    usage, sass = disassembled(compiled.asm["cubin"])
+    registers, stack, local = (
+        int(re.search(rf"{f}:(\d+)", usage)[1]) for f in ("REG", "STACK", "LOCAL")
+    )  # type: ignore[index]
+    report = Report(*told, registers, stack + local, compiled.metadata.shared)
+    if not tile:
+        return report
+    loop = main_loop(sass)
+    wide = sum(bool(re.search(r"\bLDG\.E(\.\w+)*\.128", line)) for line in loop)
+    return report._replace(
+        wide_loads=wide, instructions_a_logit=round(len(loop) / (tile / (32 * warps)), 2)
+    )
+
+
+def disassembled(cubin: bytes) -> tuple[str, str]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "kernel.cubin"
+        file.write_bytes(cubin)
+        return tuple(  # type: ignore[return-value]
+            subprocess.run(
+                [tools / tool, option, file], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+
+
+def main_loop(sass: str) -> list[str]:
+    """Instructions of the innermost loop that loads from global memory with full width, or of the
+    longest one."""
+    lines, labels, loops = [], {}, []
+    for line in sass.splitlines():
+        if label := re.match(r"^(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = len(lines)
+        elif re.match(r"^\s+/\*[0-9a-f]+\*/", line):
+            lines.append(line)
+            jump = re.search(r"\bBRA(?:\.\w+)*\s.*?`\((\.L_x_\d+)\)", line)
+            if jump and jump[1] in labels:
+                loops.append((labels[jump[1]], len(lines)))
+    bodies = [lines[a:b] for a, b in loops if b - a > 8]
+    loading = [body for body in bodies if any("LDG" in line for line in body)]
+    wide = [body for body in loading if any(".128" in line and "LDG" in line for line in body)]
+    return min(wide, key=len) if wide else max(loading or bodies, key=len, default=[])
+
+
+def broken(report: Report) -> list[str]:
+    """What of the budgets a kernel does not keep."""
+    found = []
+    if report.spilled_bytes:
+        found.append(f"spills {report.spilled_bytes} bytes")
+    narrow, wide, registers = BUDGETS.get(report.kernel, (None, None, 64))
+    if report.registers > registers:
+        found.append(f"{report.registers} registers, budget {registers}")
+    if report.instructions_a_logit is not None:
+        budget = wide if report.dtype == "float32" else narrow
+        if report.instructions_a_logit > budget:
+            found.append(f"{report.instructions_a_logit} instructions a logit, budget {budget}")
+        if not report.wide_loads:
+            found.append("no 16-byte loads in the main loop")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", nargs="*", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    wanted = list(jobs(options.target))
+    failures = 0
+    reports = []
+    with ProcessPoolExecutor(options.workers) as pool:
+        for job, report in zip(wanted, pool.map(compile_one, wanted), strict=True):
+            if isinstance(report, str):
+                failures += 1
+                print(f"{job.target:7} {job.kernel:15} {job.dtype:9} does not compile:\n{report}")
+                continue
+            reports.append(report)
+            wrong = broken(report)
+            failures += bool(wrong)
+            print(
+                f"{report.target:7} {report.kernel:15} {report.dtype:9} k={report.k:<5} "
+                f"{report.warps:2} warps {report.registers:4} registers "
+                f"{report.spilled_bytes:4} spilled {report.shared_bytes:6} shared  "
+                f"{report.wide_loads or '':2} {report.instructions_a_logit or '':6} "
+                f"{'; '.join(wrong)}",
+                flush=True,
+            )
+    if options.json:
+        told = {"triton": triton.__version__, "kernels": [r._asdict() for r in reports]}
+        options.json.write_text(json.dumps(told, indent=1) + "\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

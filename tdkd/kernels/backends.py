@@ -1,0 +1,78 @@
+"""The kernels' backends: which are here, and which tensors they take.
+
+Schemas and fakes live beside each op and need torch alone. On CPU, ``tdkd._C`` is the C++ extension
+that ``setup.py`` builds from ``csrc/``, and registers implementations of those schemas when loaded.
+On GPUs each op's ``triton.py`` holds them, and is imported at the first call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("tdkd", "FRAGMENT")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GPU_MAX_K = 1024
+"""The largest sets of the GPU kernels."""
+
+
+def _load() -> str | None:
+    """Loads the extension; what is wrong where that is not possible."""
+    try:
+        importlib.import_module("tdkd._C")
+    except ModuleNotFoundError:
+        return "the CPU kernels are not built (no C++20 compiler, or an isolated build)"
+    except ImportError as error:
+        warnings.warn(f"tdkd: the CPU kernels do not load: {error}", stacklevel=2)
+        return f"the CPU kernels do not load: {error}"
+    return None
+
+
+MISSING = _load()
+"""Why there are no CPU kernels; None where there are."""
+
+GPU_MISSING = None if importlib.util.find_spec("triton") else "Triton is not installed"
+"""Why there are no GPU kernels; None where there are."""
+
+
+def why_not(*tensors: Tensor, k: int = 1) -> str | None:
+    """Why no kernel takes these tensors and sets of ``k``; None where one does."""
+    device = tensors[0].device.type
+    for x in tensors:
+        if x.is_floating_point() and x.dtype not in DTYPES:
+            return f"there is no kernel for {str(x.dtype).removeprefix('torch.')}"
+    if device == "cpu":
+        return MISSING
+    if device != "cuda":
+        return f"there is no kernel for {device}"
+    if k > GPU_MAX_K:
+        return f"GPU kernels take sets of at most {GPU_MAX_K}, got {k}"
+    return GPU_MISSING
+
+
+def capability() -> str:
+    """The instruction set of the CPU kernels: portable, avx2 or avx512."""
+    return torch.ops.tdkd.cpu_capability()
+
+
+def fake(op: str, function: object) -> None:
+    """Registers what an op returns for tensors without data."""
+    torch.library.register_fake(f"tdkd::{op}", function, lib=LIBRARY)  # type: ignore[arg-type]
+
+
+def on_gpu(package: str, *ops: str) -> None:
+    """Registers the functions of ``<package>.triton`` named as the ops; imported at a call."""
+    for op in ops:
+        LIBRARY.impl(op, _later(f"{package}.triton", op), "CUDA")
+
+
+def _later(module: str, function: str) -> object:
+    def call(*arguments: object) -> object:
+        return getattr(importlib.import_module(module), function)(*arguments)
+
+    return call

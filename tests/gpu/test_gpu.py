@@ -1,0 +1,208 @@
+"""What only a GPU can show: big shapes, graphs, streams, determinism, and no host sync."""
+
+import random
+
+import pytest
+import torch
+
+from tdkd import ops
+from tdkd.kernels.student_rows import reference as student_rows_reference
+from tdkd.kernels.student_rows import student_rows
+from tdkd.objectives import ForwardKL, IQLearn
+from tdkd.testing import LOGITS, make_logits, ulps
+from tdkd.types import Scale
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+GPU = torch.device("cuda")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def generator(seed=0):
+    return torch.Generator(GPU).manual_seed(seed)
+
+
+def check_rows(logits, k, top_p, rows):
+    """Some rows of a selection, kernel against reference."""
+    got = ops.select_actions(logits, k, top_p, impl="fused")
+    expected = ops.select_actions(logits[rows], k, top_p, impl="reference")
+    assert torch.equal(got.ids[rows], expected.ids)
+    assert torch.equal(got.count[rows], expected.count)
+    exact = ops.select_actions(logits[rows].double(), k, top_p, impl="reference")
+    same = exact.ids == expected.ids
+    assert ulps(got.log_probs[rows][same], expected.log_probs[same], exact.log_probs[same]) <= 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", LOGITS)
+def test_every_kind_of_row(kind, dtype):
+    logits = make_logits(kind, 64, 151_936, dtype, generator())
+    check_rows(logits, 64, 1.0, slice(None))
+    check_rows(logits, 16, 0.9, slice(None))
+
+
+@pytest.mark.parametrize("k", [1, 8, 256, 1024])
+def test_the_largest_vocabulary(k):
+    logits = make_logits("peaked", 128, 262_144, torch.bfloat16, generator(k))
+    check_rows(logits, k, 1.0, slice(None))
+
+
+def test_more_than_two_to_the_31_logits():
+    rows, vocab = 16_384, 151_936
+    assert rows * vocab > 2**31
+    logits = torch.randn(rows, vocab, device=GPU, dtype=torch.bfloat16, generator=generator())
+    last = slice(rows - 8, rows)
+    check_rows(logits, 64, 0.9, last)
+    ids = ops.select_actions(logits, 64, impl="fused").ids
+    leaf = logits.requires_grad_()
+    got = student_rows(leaf, ids, Scale())
+    (got.z.sum() + got.log_rest.sum()).backward()
+    part = leaf.detach()[last].double().requires_grad_()
+    expected = student_rows_reference.student_rows(part, ids[last], Scale())
+    (expected.z.sum() + expected.log_rest.sum()).backward()
+    torch.testing.assert_close(got.z[last].double(), expected.z)
+    torch.testing.assert_close(got.log_rest[last].double(), expected.log_rest, rtol=1e-6, atol=0)
+    torch.testing.assert_close(leaf.grad[last].double(), part.grad, rtol=1e-2, atol=1e-7)
+
+
+def same_sets(got, expected, top_p):
+    """Equal bit for bit, but for rows in which rounding decides whether a prefix reaches top_p."""
+    differ = ~(got.ids == expected.ids).all(-1)
+    for a, b in zip(got.ids[differ], expected.ids[differ], strict=True):
+        n = min(int((a >= 0).sum()), int((b >= 0).sum()))
+        if not torch.equal(a[:n], b[:n]):
+            return False
+    shorter = torch.minimum(got.count, expected.count)[differ]
+    probs = expected.log_probs[differ].double().exp().cumsum(-1)
+    mass = probs.gather(-1, (shorter.long() - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return bool(((mass - top_p * (1 - 1e-5)).abs() < 4e-6).all())
+
+
+def loss_inputs(rows=96, vocab=49_152, dtype=torch.float32):
+    student = make_logits("random", rows, vocab, dtype, generator(1)).requires_grad_()
+    teacher = make_logits("peaked", rows, vocab, dtype, generator(2))
+    tokens = torch.randint(vocab, (rows,), device=GPU, generator=generator(3))
+    successor = ops.successors(tokens)
+    return student, teacher, tokens, successor
+
+
+OBJECTIVE = ForwardKL(tail=True) + 0.1 * IQLearn(alpha=1.0)
+
+
+def loss_and_gradient(student, teacher, tokens, successor, impl="fused"):
+    out = ops.td_loss(student, teacher, tokens, objective=OBJECTIVE, successor=successor, impl=impl)
+    return out.loss.detach(), *torch.autograd.grad(out.loss, student)
+
+
+def test_the_loss_against_float64():
+    student, teacher, tokens, successor = loss_inputs()
+    got = loss_and_gradient(student, teacher, tokens, successor)
+    near = loss_and_gradient(student, teacher, tokens, successor, impl="reference")
+    leaf = student.detach().double().requires_grad_()
+    exact = loss_and_gradient(leaf, teacher.double(), tokens, successor, impl="reference")
+    assert ulps(got[0].view(1), near[0].view(1), exact[0].view(1)) <= 8
+    error, allowed = ((x[1].double() - exact[1]).abs() for x in (got, near))
+    assert (error <= allowed + 1e-6 * exact[1].abs().max()).all()
+
+
+def test_no_host_sync():
+    inputs = loss_inputs()
+    loss_and_gradient(*inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_and_gradient(*inputs)
+        ops.td_target(torch.randn(99, device=GPU), inputs[3][:99].clamp(max=98), lam=0.9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_graph_capture():
+    student, teacher, tokens, successor = loss_inputs()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            loss_and_gradient(student, teacher, tokens, successor)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss_and_gradient(student, teacher, tokens, successor)
+    with torch.no_grad():
+        student.add_(torch.randn_like(student))
+        teacher.copy_(teacher.flip(0))
+    graph.replay()
+    expected = loss_and_gradient(student, teacher, tokens, successor)
+    assert torch.equal(captured[0], expected[0])
+    assert torch.equal(captured[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_runs_give_the_same_bits(dtype):
+    inputs = loss_inputs(512, 49_152, dtype)
+    first, second = loss_and_gradient(*inputs), loss_and_gradient(*inputs)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_memory_is_one_gradient():
+    """Backward writes one dense gradient and nothing else of that size; forward nothing."""
+    rows, vocab = 512, 151_936
+    student, teacher, tokens, successor = loss_inputs(rows, vocab, torch.bfloat16)
+    loss_and_gradient(student, teacher, tokens, successor)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss_and_gradient(student, teacher, tokens, successor)
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra < 1.3 * rows * vocab * 2
+
+
+def test_torch_compile_without_a_graph_break():
+    compiled = torch.compile(
+        lambda s, t, y, n: ops.td_loss(s, t, y, objective=OBJECTIVE, successor=n).loss,
+        fullgraph=True,
+        dynamic=True,
+    )
+    for rows in (24, 40):
+        student, teacher, tokens, successor = loss_inputs(rows, 2048)
+        loss = compiled(student, teacher, tokens, successor)
+        (grad,) = torch.autograd.grad(loss, student)
+        expected = loss_and_gradient(student, teacher, tokens, successor)
+        torch.testing.assert_close(loss.detach(), expected[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad, expected[1], rtol=1e-4, atol=1e-7)
+
+
+def test_large_sets_are_refused_with_a_reason():
+    logits = torch.randn(2, 4096, device=GPU)
+    with pytest.raises(NotImplementedError, match="at most 1024, got 1025"):
+        ops.select_actions(logits, 1025, impl="fused")
+    assert ops.select_actions(logits, 1025).ids.shape == (2, 1025)
+
+
+def test_a_thousand_random_cases():
+    draw = random.Random(0)
+    for case in range(1000):
+        vocab = draw.choice([1, 2, 31, 64, 65, 300, 1000, 4097, 9000, 32_000])
+        rows, k = draw.choice([1, 2, 7, 33]), draw.choice([1, 2, 5, 16, 64, 100, 300, 1024])
+        dtype = draw.choice(DTYPES)
+        kind = draw.choice(LOGITS) if vocab >= 4 else "random"
+        logits = make_logits(kind, rows, vocab, dtype, generator(case))
+        if draw.random() < 0.3:
+            logits = logits.round()
+        if draw.random() < 0.3:
+            logits[
+                torch.rand(logits.shape, device=GPU, generator=generator(case)) < 0.3
+            ] = -torch.inf
+        options = {
+            "temperature": draw.choice([1.0, 1.0, 0.7]),
+            "softcap": draw.choice([None, None, 30.0]),
+            "logit_scale": draw.choice([1.0, 1.0, 0.5]),
+        }
+        top_p = draw.choice([1.0, 0.9, 0.5])
+        got = ops.select_actions(logits, k, top_p, impl="fused", **options)
+        expected = ops.select_actions(logits, k, top_p, impl="reference", **options)
+        assert same_sets(got, expected, top_p), case
+        z, rest = student_rows(logits, got.ids, Scale(**options))
+        exact = student_rows_reference.student_rows(logits.double(), got.ids, Scale(**options))
+        near = student_rows_reference.student_rows(logits, got.ids, Scale(**options))
+        assert ulps(z, near.z, exact.z) <= 64, case
+        assert ulps(rest, near.log_rest, exact.log_rest) <= 64, case
