@@ -124,7 +124,7 @@ def write_picture(path: Path, run: dict[str, Any]) -> None:
     )
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
     for axes, (op, cases) in zip(grid[:, 0], panels.items(), strict=True):
-        ticks, labels, y, longest = [], [], 0.0, 1.0
+        ticks, labels, y, lengths = [], [], 0.0, [1.0]
         for case in cases:
             bars = _bars(case, anchor)
             ticks.append(y + (len(bars) - 1) / 2)
@@ -139,12 +139,13 @@ def write_picture(path: Path, run: dict[str, Any]) -> None:
                     va="center",
                     fontsize=7,
                 )
-                longest = max(longest, relative)
+                lengths.append(relative)
                 y += 1
             y += 1
         axes.set_xscale("log")
         # room for the text beside the longest bar
-        axes.set_xlim(0.5, longest * (longest / 0.5) ** 0.35 * 1.5)
+        low, high = min(0.5, 0.7 * min(lengths)), max(lengths)
+        axes.set_xlim(low, high * (high / low) ** 0.35 * 1.5)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.set_yticks(ticks, labels, fontsize=8)
         axes.set_ylim(y - 0.8, -1.2)  # the first case on top
