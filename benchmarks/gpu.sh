@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 STAGES=${STAGES:-environment build gpu_tests tune bench sanitizer triton_tests table}
 REHEARSE=${REHEARSE:-}
-LIMIT=${LIMIT:-530}  # seconds in all
+LIMIT=${LIMIT:-510}  # seconds in all, but for the table
 if [[ -n $REHEARSE ]]; then
     OUT=${OUT:-build/rehearsal}
     export DEVICE=cpu TRITON_INTERPRET=1 OMP_NUM_THREADS=1
@@ -180,16 +180,17 @@ stage build 80
 stage gpu_tests 150
 stage tune 80
 # what is left, but for those that follow
-BUDGET=$(($(left) - 140))
+BUDGET=$(($(left) - 120))
 ((BUDGET > 230)) && BUDGET=230
 ((BUDGET < 60)) && BUDGET=60
 export BUDGET
 stage bench $((BUDGET + 30))
 # nothing is timed any more: these two share the machine
-stage sanitizer $(($(left) - 25)) &
-stage triton_tests $(($(left) - 25)) &
+stage sanitizer "$(left)" &
+stage triton_tests "$(left)" &
 wait
-stage table 30
+LIMIT=$((SECONDS + 25))
+stage table 25
 echo
 [[ -f $LOGS/table.log ]] && cat "$LOGS/table.log"
 echo
