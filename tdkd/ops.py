@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tdkd.kernels import gather_q as _gather_q
 from tdkd.kernels import backends as _backends
+from tdkd.kernels import gather_q as _gather_q
 from tdkd.kernels import select_actions as _select_actions
 from tdkd.kernels import soft_value as _soft_value
 from tdkd.kernels import student_rows as _student_rows

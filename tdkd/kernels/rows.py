@@ -23,7 +23,7 @@ class LogitRows(NamedTuple):
     """``[..., V]`` as rows: row r begins at (r // inner) * outer_stride + (r % inner) * stride."""
 
     data: Tensor
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     columns: int
     inner: int
     outer_stride: int

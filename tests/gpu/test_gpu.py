@@ -189,9 +189,8 @@ def test_a_thousand_random_cases():
         if draw.random() < 0.3:
             logits = logits.round()
         if draw.random() < 0.3:
-            logits[
-                torch.rand(logits.shape, device=GPU, generator=generator(case)) < 0.3
-            ] = -torch.inf
+            masked = torch.rand(logits.shape, device=GPU, generator=generator(case)) < 0.3
+            logits.masked_fill_(masked, -torch.inf)
         options = {
             "temperature": draw.choice([1.0, 1.0, 0.7]),
             "softcap": draw.choice([None, None, 30.0]),
