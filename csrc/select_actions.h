@@ -28,41 +28,45 @@ inline float from_ordered(int32_t key) {
 struct Candidates {
   std::vector<float> values;
   std::vector<int32_t> ids;
+  int64_t count;
   int64_t ties;  // how many more elements that equal the threshold are of use
 
-  int64_t size() const { return int64_t(values.size()); }
+  /// At most so many will be pushed.
+  void reserve(int64_t most) {
+    values.resize(most + 1);
+    ids.resize(most + 1);
+  }
 
   void clear(int64_t k) {
-    values.clear();
-    ids.clear();
+    count = 0;
     ties = k;
   }
 
+  // no branch: whether an element ties is not to be predicted
   void push(float value, int32_t id, float t) {
-    if (value == t) {
-      if (!ties) return;
-      --ties;
-    }
-    values.push_back(value + 0.0f);  // -0 and +0 tie
-    ids.push_back(id);
+    const bool tie = value == t, kept = !tie | (ties > 0);
+    values[count] = value + 0.0f;  // -0 and +0 tie
+    ids[count] = id;
+    count += kept;
+    ties -= tie & kept;
   }
 
   /// Leaves k of them: those above t, and the first that equal it.
   void keep(float t, int64_t k) {
-    int64_t above = std::count_if(values.begin(), values.end(), [&](float x) { return x > t; });
+    const float *begin = values.data(), *end = begin + count;
+    int64_t above = std::count_if(begin, end, [&](float x) { return x > t; });
     int64_t left = k - above, out = 0;
-    for (int64_t i = 0; i < size(); ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       if (values[i] < t || (values[i] == t && left-- <= 0)) continue;
       values[out] = values[i];
       ids[out++] = ids[i];
     }
-    values.resize(out);
-    ids.resize(out);
+    count = out;
   }
 
   /// By value descending, ties by id ascending.
   void sort() {
-    const size_t n = values.size();
+    const size_t n = size_t(count);
     keys.resize(n);
     for (size_t i = 0; i < n; ++i) {
       keys[i] = uint64_t(~(uint32_t(ordered(values[i])) ^ 0x80000000u)) << 32 | uint32_t(ids[i]);
@@ -94,16 +98,17 @@ struct Candidates {
 struct SelectScratch {
   SelectScratch(int64_t n, int64_t k)
       : groups(n / block_vectors + 2 * widest),
-        supergroups(n / (block_vectors * block_vectors) + 2 * widest) {
+        supergroups(n / (block_vectors * block_vectors) + 2 * widest),
+        blocks(n / (block_vectors * narrowest) + 2) {
     // see select_actions_row.h for the bound
     int64_t most = std::min(n, (block_vectors + 1) * k);
-    found.values.reserve(most);
-    found.ids.reserve(most);
+    found.reserve(most);
     shortlist.reserve(std::min<int64_t>(int64_t(groups.size()), block_vectors * k));
   }
 
-  static constexpr int widest = 16;  // lanes of a Vec
+  static constexpr int narrowest = 8, widest = 16;  // lanes of a Vec
   std::vector<float> groups, supergroups, shortlist;
+  std::vector<int32_t> blocks;
   Candidates found;
 };
 
@@ -117,7 +122,7 @@ inline void write_empty(int64_t k, int32_t* ids, float* log_probs, int32_t* coun
 /// `taken_logit`): appended, or in place of the last member.
 inline void write_set(const Candidates& found, const Selection& how, double log_z, int64_t taken,
                       float taken_logit, int32_t* ids, float* log_probs, int32_t* count) {
-  const int64_t k = how.k, n = std::min(found.size(), k);
+  const int64_t k = how.k, n = std::min(found.count, k);
   int64_t members = 0;
   bool has_taken = false;
   double before = 0;

@@ -42,10 +42,16 @@ inline float threshold(const float* x, int64_t n, int64_t k, float best) {
 /// Appends the elements of one block that are above t, and `ties` of those that equal it.
 template <class T>
 inline void collect(const T* block, int64_t first_id, float t, Candidates& found) {
-  for (int j = 0; j < block_vectors; ++j) {
-    unsigned hits = at_least(load(block + j * Vec::width), all(t));
+  // few branches, since which vector holds a hit is not to be predicted
+  constexpr int words = block_size / 64, vectors = 64 / Vec::width;
+  for (int w = 0; w < words; ++w) {
+    uint64_t hits = 0;
+    for (int j = 0; j < vectors; ++j) {
+      const T* x = block + (w * vectors + j) * Vec::width;
+      hits |= uint64_t(at_least(load(x), all(t))) << (j * Vec::width);
+    }
     for (; hits; hits &= hits - 1) {
-      int i = j * Vec::width + std::countr_zero(hits);
+      int i = w * 64 + std::countr_zero(hits);
       found.push(to_float(block[i]), int32_t(first_id + i), t);
     }
   }
@@ -101,16 +107,22 @@ void select_row(const T* x, int64_t n, const Selection& how, int64_t taken, Sele
 
   Candidates& found = scratch.found;
   found.clear(k);
+  int32_t* hit_blocks = scratch.blocks.data();
+  int64_t hit = 0;
   for (int64_t b = 0; b < blocks; ++b) {
-    Vec maxima = load(groups + b * width);
-    if (!(found.ties ? at_least(maxima, all(t)) : greater(maxima, all(t)))) continue;
+    hit_blocks[hit] = int32_t(b);
+    hit += at_least(load(groups + b * width), all(t)) != 0;
+  }
+  for (int64_t h = 0; h < hit; ++h) {
+    const int64_t b = hit_blocks[h];
+    if (!found.ties && !greater(load(groups + b * width), all(t))) continue;
     if (b < whole) {
       collect(x + b * block_size, b * block_size, t, found);
     } else {
       collect(rest, b * block_size, t, found);
     }
   }
-  if (found.size() > k) found.keep(threshold(found.values.data(), found.size(), k, best), k);
+  if (found.count > k) found.keep(threshold(found.values.data(), found.count, k, best), k);
   found.sort();
   write_set(found, how, log_z, taken, taken >= 0 ? to_float(x[taken]) : 0.0f, ids, log_probs,
             count);
