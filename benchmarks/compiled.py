@@ -9,6 +9,7 @@ logit, from the SASS. For AMD: registers and spills. Exits with 1 where a budget
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -42,6 +43,18 @@ TARGETS = {
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SHIFTS = {"bfloat16": 16, "float16": 13, "float32": 0}
 VOCAB = 151_936
+BY_DTYPE = ("select_stream", "select", "student_stream", "student_finish", "student_grad")
+KERNELS = (
+    *BY_DTYPE,
+    "scatter",
+    "gather",
+    "soft_value",
+    "soft_value_grad",
+    "td_step",
+    "td_double",
+    "td_spread",
+    "td_gradients",
+)
 
 BUDGETS = {
     # instructions of a thread a logit in the main loop, 16-bit and 32-bit logits; registers
@@ -63,6 +76,8 @@ class Job(NamedTuple):
     dtype: str
     target: str
     k: int = 64
+    ones: bool = False
+    """whether each integer argument is 1, which a launch makes a constant."""
 
 
 class Report(NamedTuple):
@@ -72,6 +87,7 @@ class Report(NamedTuple):
     dtype: str
     target: str
     k: int
+    ones: bool
     warps: int
     registers: int
     spilled_bytes: int
@@ -83,19 +99,18 @@ class Report(NamedTuple):
 
 
 def jobs(targets: list[str]) -> Iterator[Job]:
-    """Every kernel: all dtypes on sm_90, bfloat16 elsewhere; large sets on sm_90."""
+    """Every kernel: all dtypes, large sets and arguments of 1 on sm_90, bfloat16 elsewhere."""
     for target in targets:
-        for dtype in DTYPES if target == "sm_90" else ["bfloat16"]:
-            for kernel in ("select_stream", "select", "student_stream", "student_finish"):
+        for kernel, dtype in itertools.product(KERNELS, DTYPES):
+            if dtype == "bfloat16" or (target == "sm_90" and kernel in BY_DTYPE):
                 yield Job(kernel, dtype, target)
-            yield Job("student_grad", dtype, target)
-        for kernel in ("scatter", "gather", "soft_value", "soft_value_grad", "td_step"):
-            yield Job(kernel, "bfloat16", target)
         if target == "sm_90":
             yield Job("select", "bfloat16", target, 1024)
             yield Job("select", "float32", target, 1024)
             yield Job("student_finish", "bfloat16", target, 1024)
             yield Job("scatter", "bfloat16", target, 1024)
+            for kernel in KERNELS:
+                yield Job(kernel, "bfloat16", target, ones=True)
 
 
 def kernel_of(job: Job) -> tuple[Any, dict[str, Any], int, int]:
@@ -131,6 +146,13 @@ def kernel_of(job: Job) -> tuple[Any, dict[str, Any], int, int]:
     if job.kernel in ("soft_value", "soft_value_grad"):
         function = soft_value._soft_value if job.kernel == "soft_value" else soft_value._backward
         return function, {"K": k}, 1, 0
+    steps = {
+        "td_double": td_target._double,
+        "td_spread": td_target._spread,
+        "td_gradients": td_target._gradients,
+    }
+    if job.kernel in steps:
+        return steps[job.kernel], {"BLOCK": td_target._BLOCK}, 4, 0
     assert job.kernel == "td_step"
     constants = {"HAS_REWARD": True, "BOOTSTRAPS": True, "CHAINS": True, "BLOCK": td_target._BLOCK}
     return td_target._step, constants, 4, 0
@@ -151,6 +173,10 @@ POINTERS = {
     "b_ptr": "fp32",
     "c_ptr": "fp32",
     "s_ptr": "i64",
+    "next_grad_ptr": "fp32",
+    "next_b_ptr": "fp32",
+    "next_c_ptr": "fp32",
+    "next_s_ptr": "i64",
     "successor_ptr": "i64",
     "log_rest_ptr": "fp64",
     "grad_rest_ptr": "fp64",
@@ -172,15 +198,19 @@ def signature(job: Job, function: Any, constants: dict[str, Any]) -> tuple[dict[
     for i, name in enumerate(function.arg_names):
         if name in constants:
             types[name] = "constexpr"
+        elif name in ("grad_ptr", "total_ptr", "value_ptr") and job.kernel.startswith("td_"):
+            types[name] = "*fp32"
         elif name == "order_ptr":
             types[name] = "*i64" if job.kernel == "scatter" else "*i32"
         elif name == "grad_ptr" and job.kernel == "soft_value_grad":
             types[name] = "*fp32"
         elif name.endswith("_ptr"):
             types[name] = "*" + POINTERS.get(name, DTYPES[job.dtype])
+        elif name in FLOATS:
+            types[name] = "fp32"
         else:
-            types[name] = "fp32" if name in FLOATS else "i32"
-        if name.endswith("_ptr") or name in DIVISIBLE:
+            types[name] = "constexpr" if job.ones else "i32"
+        if name.endswith("_ptr") or (name in DIVISIBLE and not job.ones):
             divisible[(i,)] = [["tt.divisibility", 16]]
     return types, divisible
 
@@ -196,10 +226,12 @@ def compile_one(job: Job) -> Report | str:
 def read_one(job: Job) -> Report:
     function, constants, warps, tile = kernel_of(job)
     types, divisible = signature(job, function, constants)
+    if job.ones:
+        constants = {name: 1 for name, kind in types.items() if kind == "constexpr"} | constants
     source = ASTSource(fn=function, signature=types, constexprs=constants, attrs=divisible)
     target = TARGETS[job.target]
     compiled = triton.compile(source, target=target, options={"num_warps": warps})
-    told = (job.kernel, job.dtype, job.target, job.k, warps)
+    told = (*job, warps)
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         registers, spills, scratch = (
@@ -212,7 +244,7 @@ def read_one(job: Job) -> Report:
         int(re.search(rf"{f}:(\d+)", usage)[1]) for f in ("REG", "STACK", "LOCAL")
     )  # type: ignore[index]
     report = Report(*told, registers, stack + local, compiled.metadata.shared)
-    if not tile:
+    if not tile or job.ones:
         return report
     loop = main_loop(sass)
     wide = sum(bool(re.search(r"\bLDG\.E(\.\w+)*\.128", line)) for line in loop)
@@ -289,6 +321,7 @@ def main() -> int:
             failures += bool(wrong)
             print(
                 f"{report.target:7} {report.kernel:15} {report.dtype:9} k={report.k:<5} "
+                f"{'ones' if report.ones else '':4} "
                 f"{report.warps:2} warps {report.registers:4} registers "
                 f"{report.spilled_bytes:4} spilled {report.shared_bytes:6} shared  "
                 f"{report.wide_loads or '':2} {report.instructions_a_logit or '':6} "

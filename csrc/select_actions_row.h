@@ -100,7 +100,8 @@ void select_row(const T* x, int64_t n, const Selection& how, int64_t taken, Sele
       }
     }
     int64_t above = int64_t(scratch.shortlist.size());
-    if (above >= k) t = threshold(scratch.shortlist.data(), above, k, best);
+    // where just k are above, a number below them would do for the list, but not for other groups
+    if (above >= k) t = std::max(t, threshold(scratch.shortlist.data(), above, k, best));
   } else if (blocks * width >= k) {
     t = threshold(groups, blocks * width, k, best);
   }

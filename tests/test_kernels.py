@@ -15,7 +15,7 @@ from tdkd import ops
 from tdkd.kernels import backends, gather_q, select_actions, soft_value, student_rows, td_target
 from tdkd.kernels.student_rows import reference as student_rows_reference
 from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn
-from tdkd.testing import SCALES, hard_rows, student_case, ulps
+from tdkd.testing import SCALES, hard_rows, make_logits, student_case, ulps
 from tdkd.types import Scale
 
 pytestmark = pytest.mark.skipif(backends.MISSING is not None, reason=str(backends.MISSING))
@@ -101,6 +101,16 @@ def test_sets_of_a_whole_vocabulary(isa, dtype, k):
     expected = ops.select_actions(logits, k, 0.9, impl="reference")
     assert torch.equal(got.ids, expected.ids)
     assert torch.equal(got.count, expected.count)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_candidates_are_looked_at(isa, dtype):
+    """A third of such rows once took a threshold far too low, and thousands of candidates."""
+    generator = torch.Generator().manual_seed(0)
+    logits = make_logits("peaked", 24, 151_936, dtype, generator)
+    got = ops.select_actions(logits, 64, impl="fused")
+    expected = ops.select_actions(logits, 64, impl="reference")
+    assert torch.equal(got.ids, expected.ids)
 
 
 def test_strided_logits_are_read_in_place(isa):

@@ -16,7 +16,7 @@ from torch import Tensor
 from tdkd.types import Scale
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.0e38)  # a level for rows that hold nothing finite: below it all is -inf
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the level of sums that hold nothing yet
 
 
 class LogitRows(NamedTuple):

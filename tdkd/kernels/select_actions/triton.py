@@ -141,15 +141,20 @@ def _append(
     equal_before = 0
     for first in range(0, n, CHUNK):
         key, eligible, column = _candidates(x_ptr, list_ptr, first + i, n, V, GROUP, LISTED, SHIFT)
-        equal = (eligible & (key == t)).to(tl.int32)
-        rank = equal_before + tl.cumsum(equal, 0) - equal
-        kept = ((eligible & (key > t)) | ((equal > 0) & (rank < room))).to(tl.int32)
-        place = kept_before + tl.cumsum(kept, 0) - kept
-        stored = (kept > 0) & (place < CAP)
+        above = eligible & (key > t)
+        equal = eligible & (key == t)
+        # both counts in one scan and one sum: a chunk is shorter than 2^15
+        flags = above.to(tl.int32) + (equal.to(tl.int32) << 16)
+        before = tl.cumsum(flags, 0) - flags
+        space = tl.maximum(room - equal_before, 0)
+        rank = before >> 16
+        place = kept_before + (before & 0xFFFF) + tl.minimum(rank, space)
+        stored = (above | (equal & (rank < space))) & (place < CAP)
         packed = ((~key).to(tl.int64) << 32) | column.to(tl.int64)
         tl.store(found_ptr + place, packed, mask=stored)
-        kept_before += tl.sum(kept, 0)
-        equal_before += tl.sum(equal, 0)
+        counts = tl.sum(flags, 0)
+        kept_before += (counts & 0xFFFF) + tl.minimum(counts >> 16, space)
+        equal_before += counts >> 16
     return kept_before
 
 
