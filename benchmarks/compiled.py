@@ -96,6 +96,10 @@ class Report(NamedTuple):
     """16-byte loads from global memory in the main loop."""
     instructions_a_logit: float | None = None
     """of the main loop; None for kernels without one."""
+    instructions: int | None = None
+    """in the whole kernel, each counted once."""
+    longest_loop: int | None = None
+    """instructions of it."""
 
 
 def jobs(targets: list[str]) -> Iterator[Job]:
@@ -243,10 +247,18 @@ def read_one(job: Job) -> Report:
     registers, stack, local = (
         int(re.search(rf"{f}:(\d+)", usage)[1]) for f in ("REG", "STACK", "LOCAL")
     )  # type: ignore[index]
-    report = Report(*told, registers, stack + local, compiled.metadata.shared)
+    lines, loops = loops_of(sass)
+    report = Report(
+        *told,
+        registers,
+        stack + local,
+        compiled.metadata.shared,
+        instructions=len(lines),
+        longest_loop=max(map(len, loops), default=None),
+    )
     if not tile or job.ones:
         return report
-    loop = main_loop(sass)
+    loop = main_loop(loops)
     wide = sum(bool(re.search(r"\bLDG\.E(\.\w+)*\.128", line)) for line in loop)
     return report._replace(
         wide_loads=wide, instructions_a_logit=round(len(loop) / (tile / (32 * warps)), 2)
@@ -266,10 +278,11 @@ def disassembled(cubin: bytes) -> tuple[str, str]:
         )
 
 
-def main_loop(sass: str) -> list[str]:
-    """Instructions of the innermost loop that loads from global memory with full width, or of the
-    longest one."""
-    lines, labels, loops = [], {}, []
+def loops_of(sass: str) -> tuple[list[str], list[list[str]]]:
+    """The instructions of a kernel, and those of each of its loops."""
+    lines: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
     for line in sass.splitlines():
         if label := re.match(r"^(\.L_x_\d+):", line.strip()):
             labels[label[1]] = len(lines)
@@ -278,10 +291,15 @@ def main_loop(sass: str) -> list[str]:
             jump = re.search(r"\bBRA(?:\.\w+)*\s.*?`\((\.L_x_\d+)\)", line)
             if jump and jump[1] in labels:
                 loops.append((labels[jump[1]], len(lines)))
-    bodies = [lines[a:b] for a, b in loops if b - a > 8]
-    loading = [body for body in bodies if any("LDG" in line for line in body)]
-    wide = [body for body in loading if any(".128" in line and "LDG" in line for line in body)]
-    return min(wide, key=len) if wide else max(loading or bodies, key=len, default=[])
+    # a kernel ends in a jump to itself
+    return lines, [lines[a:b] for a, b in loops if b - a > 8]
+
+
+def main_loop(loops: list[list[str]]) -> list[str]:
+    """The innermost loop that loads 16 bytes at once from global memory, or the longest one."""
+    loading = [loop for loop in loops if any("LDG" in line for line in loop)]
+    wide = [loop for loop in loading if any("LDG" in line and ".128" in line for line in loop)]
+    return min(wide, key=len) if wide else max(loading or loops, key=len, default=[])
 
 
 def broken(report: Report) -> list[str]:

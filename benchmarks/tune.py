@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import math
-import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +28,10 @@ from tdkd.benchmark.cases import DEVICES, Case, Inputs, make_inputs
 from tdkd.benchmark.measure import Clock, order, reason
 from tdkd.benchmark.report import aligned, make_directory, write_json
 from tdkd.errors import UserError
-from tdkd.kernels import backends, tuning
+from tdkd.kernels import tuning
 from tdkd.kernels.student_rows import student_rows
 from tdkd.kernels.tuning import Config
+from tdkd.testing import interpreted
 from tdkd.types import Scale
 
 SHAPES = ((8192, 151_936, "bfloat16"), (2048, 151_936, "float32"))
@@ -125,23 +124,6 @@ def merged(path: Path, architecture: str, winners: dict[str, Config]) -> dict[st
     found = json.loads(path.read_text()) if path.exists() else {}
     entry = {kernel: choice._asdict() for kernel, choice in winners.items()}
     return {**found, architecture: {**found.get(architecture, {}), **entry}}
-
-
-@contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-    """CPU tensors go to the Triton kernels, under the interpreter."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        raise UserError("device: expected cuda, or TRITON_INTERPRET=1 in the environment, got cpu")
-    library = torch.library.Library("tdkd", "IMPL")
-    missing, backends.MISSING = backends.MISSING, None
-    try:
-        for op in ("select_actions", "student_rows", "student_rows_backward"):
-            module = importlib.import_module(f"tdkd.kernels.{op.removesuffix('_backward')}.triton")
-            library.impl(op, getattr(module, op), "CPU", allow_override=True)
-        yield
-    finally:
-        backends.MISSING = missing
-        library._destroy()
 
 
 def tune(options: argparse.Namespace) -> None:

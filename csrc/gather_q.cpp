@@ -35,34 +35,32 @@ Tensor gather_q_backward(const Tensor& grad_q, const Tensor& logits, const Tenso
   const Integers id(ids);
   const int64_t k = ids.size(-1);
   const Scale scale = make_scale(temperature, softcap, logit_scale);
-  Tensor grad = torch::stable::new_empty(logits, rows.shape(rows.columns));
+  Tensor grad = torch::stable::new_zeros(logits, rows.shape(rows.columns));
   const Tensor given = torch::stable::contiguous(grad_q);
   const float* dq = static_cast<const float*>(given.const_data_ptr());
   Bound bound(rows.columns);
   with_type(logits, [&](auto type) {
     using T = decltype(type);
     T* out = static_cast<T*>(grad.mutable_data_ptr());
-    torch::stable::parallel_for(
-        0, rows.count, grain(rows.columns), [&](int64_t begin, int64_t end) {
-          std::vector<std::pair<int64_t, float>> slots;
-          for (int64_t i = begin; i < end; ++i) {
-            const T* x = rows.row<T>(i);
-            T* row = out + i * rows.columns;
-            std::fill(row, row + rows.columns, T{});
-            slots.clear();
-            for (int64_t j = i * k; j < (i + 1) * k; ++j) {
-              if (id[j] >= 0 && bound.holds(id[j])) slots.emplace_back(id[j], dq[j]);
-            }
-            std::stable_sort(slots.begin(), slots.end(),
-                             [](const auto& a, const auto& b) { return a.first < b.first; });
-            for (size_t s = 0; s < slots.size();) {
-              const int64_t at = slots[s].first;
-              float total = 0;
-              for (; s < slots.size() && slots[s].first == at; ++s) total += slots[s].second;
-              from_float(total == 0 ? 0.0f : total * scale.derivative(to_float(x[at])), row[at]);
-            }
-          }
-        });
+    torch::stable::parallel_for(0, rows.count, grain(32 * k), [&](int64_t begin, int64_t end) {
+      std::vector<std::pair<int64_t, float>> slots;
+      for (int64_t i = begin; i < end; ++i) {
+        const T* x = rows.row<T>(i);
+        T* row = out + i * rows.columns;
+        slots.clear();
+        for (int64_t j = i * k; j < (i + 1) * k; ++j) {
+          if (id[j] >= 0 && bound.holds(id[j])) slots.emplace_back(id[j], dq[j]);
+        }
+        std::stable_sort(slots.begin(), slots.end(),
+                         [](const auto& a, const auto& b) { return a.first < b.first; });
+        for (size_t s = 0; s < slots.size();) {
+          const int64_t at = slots[s].first;
+          float total = 0;
+          for (; s < slots.size() && slots[s].first == at; ++s) total += slots[s].second;
+          from_float(total == 0 ? 0.0f : total * scale.derivative(to_float(x[at])), row[at]);
+        }
+      }
+    });
   });
   bound.check("ids");
   return grad;

@@ -19,6 +19,9 @@
 #define TDKD_X86 0
 #endif
 
+// What a row's loop calls must not depend on how much else its file holds.
+#define TDKD_INLINE __attribute__((always_inline)) inline
+
 #define TDKD_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define TDKD_BEGIN(features) \
@@ -81,62 +84,62 @@ struct Vec {
 };
 
 template <class F>
-inline Vec map(F f) {
+TDKD_INLINE Vec map(F f) {
   Vec out;
   for (int i = 0; i < Vec::width; ++i) out.v[i] = f(i);
   return out;
 }
 template <class F>
-inline unsigned mask(F f) {
+TDKD_INLINE unsigned mask(F f) {
   unsigned out = 0;
   for (int i = 0; i < Vec::width; ++i) out |= unsigned(f(i)) << i;
   return out;
 }
 
-inline Vec all(float x) {
+TDKD_INLINE Vec all(float x) {
   return map([&](int) { return x; });
 }
 template <class T>
-inline Vec load(const T* p) {
+TDKD_INLINE Vec load(const T* p) {
   return map([&](int i) { return to_float(p[i]); });
 }
 template <class T>
-inline void store(T* p, Vec a) {
+TDKD_INLINE void store(T* p, Vec a) {
   for (int i = 0; i < Vec::width; ++i) from_float(a.v[i], p[i]);
 }
-inline Vec operator+(Vec a, Vec b) {
+TDKD_INLINE Vec operator+(Vec a, Vec b) {
   return map([&](int i) { return a.v[i] + b.v[i]; });
 }
-inline Vec operator-(Vec a, Vec b) {
+TDKD_INLINE Vec operator-(Vec a, Vec b) {
   return map([&](int i) { return a.v[i] - b.v[i]; });
 }
-inline Vec operator*(Vec a, Vec b) {
+TDKD_INLINE Vec operator*(Vec a, Vec b) {
   return map([&](int i) { return a.v[i] * b.v[i]; });
 }
-inline Vec operator/(Vec a, Vec b) {
+TDKD_INLINE Vec operator/(Vec a, Vec b) {
   return map([&](int i) { return a.v[i] / b.v[i]; });
 }
-inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-inline Vec fms(Vec a, Vec b, Vec c) { return a * b - c; }
-inline Vec max(Vec a, Vec b) {
+TDKD_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+TDKD_INLINE Vec fms(Vec a, Vec b, Vec c) { return a * b - c; }
+TDKD_INLINE Vec max(Vec a, Vec b) {
   return map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
-inline Vec abs(Vec a) {
+TDKD_INLINE Vec abs(Vec a) {
   return map([&](int i) { return std::fabs(a.v[i]); });
 }
-inline Vec with_sign(Vec a, Vec sign) {
+TDKD_INLINE Vec with_sign(Vec a, Vec sign) {
   return map([&](int i) { return std::copysign(a.v[i], sign.v[i]); });
 }
-inline Vec zero_below(Vec a, Vec b, Vec low) {
+TDKD_INLINE Vec zero_below(Vec a, Vec b, Vec low) {
   return map([&](int i) { return b.v[i] < low.v[i] ? 0.0f : a.v[i]; });
 }
-inline Vec shift_left_23(Vec a) {
+TDKD_INLINE Vec shift_left_23(Vec a) {
   return map([&](int i) { return std::bit_cast<float>(std::bit_cast<uint32_t>(a.v[i]) << 23); });
 }
-inline unsigned greater(Vec a, Vec b) {
+TDKD_INLINE unsigned greater(Vec a, Vec b) {
   return mask([&](int i) { return a.v[i] > b.v[i]; });
 }
-inline unsigned at_least(Vec a, Vec b) {
+TDKD_INLINE unsigned at_least(Vec a, Vec b) {
   return mask([&](int i) { return a.v[i] >= b.v[i]; });
 }
 

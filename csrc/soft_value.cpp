@@ -1,54 +1,39 @@
 // tdkd::soft_value and its backward on CPU: float32 [..., k] to [...].
+#include "rows.h"
+
+#define TDKD_BODY "soft_value_row.h"
+#include "every_isa.h"
 #include "tensors.h"
 
 namespace tdkd {
 namespace {
 
-/// The largest of a row, or 0 where nothing is above -inf: the level from which it is summed.
-float level_of(const float* x, int64_t k) {
-  float peak = -INFINITY;
-  for (int64_t j = 0; j < k; ++j) peak = std::max(peak, x[j]);
-  return peak == -INFINITY ? 0.0f : peak;
-}
-
 Tensor soft_value(const Tensor& q) {
   const LogitRows rows(q);
   Tensor value = torch::stable::new_empty(q, rows.shape());
   float* out = static_cast<float*>(value.mutable_data_ptr());
-  torch::stable::parallel_for(0, rows.count, grain(8 * rows.columns),
+  auto body = TDKD_BODY_FOR(choose_isa(), soft_value_row);
+  torch::stable::parallel_for(0, rows.count, grain(2 * rows.columns),
                               [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) {
-                                  const float* x = rows.row<float>(i);
-                                  const float level = level_of(x, rows.columns);
-                                  double total = 0;
-                                  for (int64_t j = 0; j < rows.columns; ++j)
-                                    total += std::exp(x[j] - level);
-                                  out[i] = total == 0 ? -INFINITY : float(level + std::log(total));
-                                }
+                                for (int64_t i = begin; i < end; ++i)
+                                  out[i] = body(rows.row<float>(i), rows.columns);
                               });
   return value;
 }
 
-// The row is summed again: exp(q - value) would carry the rounding of value, 3e-5 at 1000.
 Tensor soft_value_backward(const Tensor& grad_value, const Tensor& q) {
   const LogitRows rows(q);
   Tensor grad = torch::stable::new_empty(q, rows.shape(rows.columns));
   const Tensor given = torch::stable::contiguous(grad_value);
   const float* dv = static_cast<const float*>(given.const_data_ptr());
   float* out = static_cast<float*>(grad.mutable_data_ptr());
-  torch::stable::parallel_for(0, rows.count, grain(16 * rows.columns),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) {
-                                  const float* x = rows.row<float>(i);
-                                  float* row_grad = out + i * rows.columns;
-                                  const float level = level_of(x, rows.columns);
-                                  double total = 0;
-                                  for (int64_t j = 0; j < rows.columns; ++j)
-                                    total += row_grad[j] = std::exp(x[j] - level);
-                                  const float share = total == 0 ? 0.0f : float(dv[i] / total);
-                                  for (int64_t j = 0; j < rows.columns; ++j) row_grad[j] *= share;
-                                }
-                              });
+  auto body = TDKD_BODY_FOR(choose_isa(), soft_value_row_backward);
+  torch::stable::parallel_for(
+      0, rows.count, grain(2 * rows.columns), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          body(rows.row<float>(i), rows.columns, dv[i], out + i * rows.columns);
+        }
+      });
   return grad;
 }
 

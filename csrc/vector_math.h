@@ -3,7 +3,7 @@
 
 /// exp(d * slope), as 2^(d * slope_log2e), to 2e-7 relative for d * slope from -87 to 88. NaN stays
 /// NaN; d below `lowest` = -126 / slope_log2e counts as `lowest`, so that -inf gives 2^-126.
-inline Vec exp_of(Vec d, Vec slope_log2e, Vec lowest) {
+TDKD_INLINE Vec exp_of(Vec d, Vec slope_log2e, Vec lowest) {
   d = max(lowest, d);
   // adding 1.5 * 2^23 rounds to an integer; 127 makes its low bits the exponent field of 2^n
   const Vec magic = all(12582912.0f + 127.0f);
@@ -20,7 +20,7 @@ inline Vec exp_of(Vec d, Vec slope_log2e, Vec lowest) {
 }
 
 /// tanh to 1e-7 absolute.
-inline Vec tanh_of(Vec u) {
+TDKD_INLINE Vec tanh_of(Vec u) {
   Vec e = exp_of(all(-2.0f) * abs(u), all(1.44269504f), all(-87.0f));
   Vec t = (all(1.0f) - e) / (all(1.0f) + e);
   return with_sign(t, u);

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
+import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tdkd.errors import UserError
+from tdkd.kernels import backends
 from tdkd.types import Scale
 
 LOGITS = (
@@ -141,6 +146,38 @@ def student_case(vocab: int, dtype: torch.dtype, weighted: bool, seed: int) -> S
     grad_z = torch.randn(rows, k, generator=generator)
     grad_rest = torch.randn(rows, generator=generator)
     return StudentCase(logits.to(dtype), ids, state, log_weight, grad_z, grad_rest)
+
+
+GPU_OPS = {
+    "select_actions": ("select_actions",),
+    "gather_q": ("gather_q", "gather_q_backward"),
+    "soft_value": ("soft_value", "soft_value_backward"),
+    "student_rows": ("student_rows", "student_rows_backward"),
+    "td_target": ("td_target", "td_target_backward"),
+}
+"""Where the Triton kernels live, and which ops each home implements."""
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Within the context, CPU tensors go to the Triton kernels, under Triton's interpreter.
+
+    Raises:
+        UserError: TRITON_INTERPRET is not set; Triton reads it when it is imported.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError("device: expected cuda, or TRITON_INTERPRET=1 in the environment, got cpu")
+    library = torch.library.Library("tdkd", "IMPL")
+    missing, backends.MISSING = backends.MISSING, None
+    try:
+        for home, names in GPU_OPS.items():
+            module = importlib.import_module(f"tdkd.kernels.{home}.triton")
+            for name in names:
+                library.impl(name, getattr(module, name), "CPU", allow_override=True)
+        yield
+    finally:
+        backends.MISSING = missing
+        library._destroy()
 
 
 def ulps(got: Tensor, expected: Tensor, wanted: Tensor) -> float:

@@ -5,44 +5,29 @@ import importlib
 
 import pytest
 import torch
-from torch.library import Library, opcheck
+from torch.library import opcheck
 
 pytest.importorskip("triton")
 
 from tdkd import ops
-from tdkd.kernels import backends, tuning
+from tdkd.kernels import tuning
 from tdkd.kernels.student_rows import reference as student_rows_reference
 from tdkd.kernels.student_rows import student_rows
 from tdkd.kernels.tuning import Config
 from tdkd.objectives import ForwardKL, IQLearn
-from tdkd.testing import SCALES, hard_rows, student_case, ulps
+from tdkd.testing import GPU_OPS, SCALES, hard_rows, interpreted, student_case, ulps
 from tdkd.types import Scale
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF = torch.inf
-GPU_OPS = {
-    "select_actions": ["select_actions"],
-    "gather_q": ["gather_q", "gather_q_backward"],
-    "soft_value": ["soft_value", "soft_value_backward"],
-    "student_rows": ["student_rows", "student_rows_backward"],
-    "td_target": ["td_target", "td_target_backward"],
-}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def kernels():
     """Without a GPU, tensors of the CPU go to the Triton kernels for the time of this module."""
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-        if not GPU:
-            patch.setattr(backends, "MISSING", None)
-            library = Library("tdkd", "IMPL")
-            for op, names in GPU_OPS.items():
-                module = importlib.import_module(f"tdkd.kernels.{op}.triton")
-                for name in names:
-                    library.impl(name, getattr(module, name), "CPU", allow_override=True)
-            stack.callback(library._destroy)
+    with contextlib.nullcontext() if GPU else interpreted():
         yield
 
 
