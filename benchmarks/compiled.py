@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -69,6 +70,13 @@ BUDGETS = {
 many in that of a float32 one. Registers are such that at least 16 warps fit a multiprocessor."""
 
 
+VARIANTS = {
+    "ones": "each integer argument is 1, which a launch makes a constant",
+    "odd": "no argument is divisible by 16",
+    "capped": "a softcap and weights, and no optional argument",
+}
+
+
 class Job(NamedTuple):
     """One kernel at one size."""
 
@@ -76,8 +84,8 @@ class Job(NamedTuple):
     dtype: str
     target: str
     k: int = 64
-    ones: bool = False
-    """whether each integer argument is 1, which a launch makes a constant."""
+    variant: str = ""
+    """one of VARIANTS, or the plain launch that budgets are for."""
 
 
 class Report(NamedTuple):
@@ -87,7 +95,7 @@ class Report(NamedTuple):
     dtype: str
     target: str
     k: int
-    ones: bool
+    variant: str
     warps: int
     registers: int
     spilled_bytes: int
@@ -103,7 +111,7 @@ class Report(NamedTuple):
 
 
 def jobs(targets: list[str]) -> Iterator[Job]:
-    """Every kernel: all dtypes, large sets and arguments of 1 on sm_90, bfloat16 elsewhere."""
+    """Every kernel: all dtypes, large sets and variants on sm_90, bfloat16 elsewhere."""
     for target in targets:
         for kernel, dtype in itertools.product(KERNELS, DTYPES):
             if dtype == "bfloat16" or (target == "sm_90" and kernel in BY_DTYPE):
@@ -113,8 +121,8 @@ def jobs(targets: list[str]) -> Iterator[Job]:
             yield Job("select", "float32", target, 1024)
             yield Job("student_finish", "bfloat16", target, 1024)
             yield Job("scatter", "bfloat16", target, 1024)
-            for kernel in KERNELS:
-                yield Job(kernel, "bfloat16", target, ones=True)
+            for kernel, variant in itertools.product(KERNELS, VARIANTS):
+                yield Job(kernel, "bfloat16", target, variant=variant)
 
 
 def kernel_of(job: Job) -> tuple[Any, dict[str, Any], int, int]:
@@ -123,7 +131,8 @@ def kernel_of(job: Job) -> tuple[Any, dict[str, Any], int, int]:
     group = select_actions.group_size(VOCAB, job.k)
     plain = {"CAPPED": False, "HAS_STATE": True}
     if job.kernel in tuning.CHOICES:
-        launch = tuning.CHOICES[job.kernel][0]
+        heavy = job.variant in ("odd", "capped")
+        launch = tuning.config(job.kernel, torch.device("cpu"), heavy)
         plain |= {"BLOCK": launch.block, "STAGES": launch.num_stages}
         if job.kernel == "select_stream":
             function, extra = select_actions._stream, {"GROUP": group}
@@ -213,8 +222,10 @@ def signature(job: Job, function: Any, constants: dict[str, Any]) -> tuple[dict[
         elif name in FLOATS:
             types[name] = "fp32"
         else:
-            types[name] = "constexpr" if job.ones else "i32"
-        if name.endswith("_ptr") or (name in DIVISIBLE and not job.ones):
+            types[name] = "constexpr" if job.variant == "ones" else "i32"
+        if job.variant != "odd" and (
+            name.endswith("_ptr") or (name in DIVISIBLE and not job.variant)
+        ):
             divisible[(i,)] = [["tt.divisibility", 16]]
     return types, divisible
 
@@ -230,7 +241,12 @@ def compile_one(job: Job) -> Report | str:
 def read_one(job: Job) -> Report:
     function, constants, warps, tile = kernel_of(job)
     types, divisible = signature(job, function, constants)
-    if job.ones:
+    if job.variant == "capped":
+        constants = {
+            name: name in ("CAPPED", "HAS_WEIGHT") if isinstance(value, bool) else value
+            for name, value in constants.items()
+        }
+    if job.variant == "ones":
         constants = {name: 1 for name, kind in types.items() if kind == "constexpr"} | constants
     source = ASTSource(fn=function, signature=types, constexprs=constants, attrs=divisible)
     target = TARGETS[job.target]
@@ -256,7 +272,7 @@ def read_one(job: Job) -> Report:
         instructions=len(lines),
         longest_loop=max(map(len, loops), default=None),
     )
-    if not tile or job.ones:
+    if not tile or job.variant:
         return report
     loop = main_loop(loops)
     wide = sum(bool(re.search(r"\bLDG\.E(\.\w+)*\.128", line)) for line in loop)
@@ -308,6 +324,8 @@ def broken(report: Report) -> list[str]:
     if report.spilled_bytes:
         found.append(f"spills {report.spilled_bytes} bytes")
     narrow, wide, registers = BUDGETS.get(report.kernel, (None, None, 64))
+    if report.variant:
+        registers = 192
     if report.registers > registers:
         found.append(f"{report.registers} registers, budget {registers}")
     if report.instructions_a_logit is not None:
@@ -339,7 +357,7 @@ def main() -> int:
             failures += bool(wrong)
             print(
                 f"{report.target:7} {report.kernel:15} {report.dtype:9} k={report.k:<5} "
-                f"{'ones' if report.ones else '':4} "
+                f"{report.variant:6} "
                 f"{report.warps:2} warps {report.registers:4} registers "
                 f"{report.spilled_bytes:4} spilled {report.shared_bytes:6} shared  "
                 f"{report.wide_loads or '':2} {report.instructions_a_logit or '':6} "

@@ -10,13 +10,12 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tdkd.kernels import tuning
 from tdkd.kernels.select_actions.triton import blocks, group_size
 from tdkd.kernels.student_rows.triton import GROUP
 
 COMPILED = Path(__file__).parent / "results" / "compiled.json"
 
-# H100 SXM: what a copy reads and writes together, and what 132 multiprocessors of 4 schedulers issue.
+# H100 SXM: what a copy moves, and what 132 multiprocessors of 4 schedulers issue.
 BYTES_A_SECOND = 3.0e12
 INSTRUCTIONS_A_SECOND = 132 * 4 * 1.755e9
 
@@ -60,7 +59,7 @@ def costs(
             for x in kernels
             if (x["kernel"], x["dtype"], x["k"]) == (kernel, dtype, k)
             and x["target"] == "sm_90"
-            and not x["ones"]
+            and not x["variant"]
         )
         return found
 
@@ -99,9 +98,16 @@ def costs(
 
 def main() -> None:
     report = json.loads(COMPILED.read_text())
-    print(
-        f"Triton {report['triton']}, default configurations {tuning.CHOICES['select_stream'][0]}\n"
-    )
+    print(f"Triton {report['triton']}, sm_90\n")
+    print("| kernel | logits | k | warps | registers | shared, bytes | instructions a logit |")
+    print("|---|---|---|---|---|---|---|")
+    for x in report["kernels"]:
+        if x["target"] == "sm_90" and not x["variant"]:
+            print(
+                f"| `{x['kernel']}` | {x['dtype']} | {x['k']} | {x['warps']} | {x['registers']} | "
+                f"{x['shared_bytes']:,} | {x['instructions_a_logit'] or ''} |"
+            )
+    print()
     print("| op | rows x V | k | MB moved | beyond the least | memory, ms | issue, ms |")
     print("|---|---|---|---|---|---|---|")
     for rows, vocab, dtype, k in SHAPES:

@@ -55,7 +55,7 @@ def test_a_broken_budget_is_told(monkeypatch):
     module = importlib.util.module_from_spec(specification)
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
     specification.loader.exec_module(module)
-    good = module.Report("select_stream", "bfloat16", "sm_90", 64, False, 8, 80, 0, 256, 4, 8.6)
+    good = module.Report("select_stream", "bfloat16", "sm_90", 64, "", 8, 80, 0, 256, 4, 8.6)
     assert module.broken(good) == []
     bad = good._replace(spilled_bytes=8, registers=200, wide_loads=0, instructions_a_logit=30.0)
     assert len(module.broken(bad)) == 4

@@ -30,6 +30,11 @@ class LogitRows(NamedTuple):
     stride: int
 
     @property
+    def aligned(self) -> bool:
+        """Whether all rows begin at a multiple of 16 elements, so that loads can be wide."""
+        return not (self.columns % 16 or self.outer_stride % 16 or self.stride % 16)
+
+    @property
     def layout(self) -> tuple[int, int, int]:
         return self.inner, self.outer_stride, self.stride
 

@@ -47,11 +47,16 @@ CHOICES: dict[str, tuple[Config, ...]] = {
 _overridden: dict[str, Config] = {}
 
 
-def config(kernel: str, device: torch.device) -> Config:
-    """The configuration of ``kernel`` on ``device``."""
-    if kernel in _overridden:
-        return _overridden[kernel]
-    return _tuned().get(architecture(device), {}).get(kernel, CHOICES[kernel][0])
+def config(kernel: str, device: torch.device, heavy: bool = False) -> Config:
+    """The configuration of ``kernel`` on ``device``.
+
+    ``heavy`` rows, which have a softcap or no alignment to 16 logits, take more registers a logit:
+    half a block of them is held at once.
+    """
+    found = _overridden.get(kernel)
+    if found is None:
+        found = _tuned().get(architecture(device), {}).get(kernel, CHOICES[kernel][0])
+    return found._replace(block=max(128, found.block // 2)) if heavy else found
 
 
 @contextlib.contextmanager

@@ -365,7 +365,7 @@ def select_actions(
     held = blocks(k)
     group = group_size(vocab, k)
     groups = triton.cdiv(vocab, group)
-    launch = tuning.config("select_stream", device)
+    launch = tuning.config("select_stream", device, scale.capped or not rows.aligned)
     splits, chunk = split(n, vocab, launch.block, device)
     maxima = torch.empty(n, groups, dtype=logits.dtype, device=device)
     level, total = torch.empty(2, n, splits, dtype=torch.float32, device=device)

@@ -325,7 +325,8 @@ def student_rows(
 
     scale = numbers(Scale(temperature, softcap, logit_scale))
     unit = _unit(scale, log_weight)
-    launch = tuning.config("student_stream", device)
+    heavy = scale.capped or log_weight is not None or not rows.aligned
+    launch = tuning.config("student_stream", device, heavy)
     splits, chunk = split(n, vocab, launch.block, device)
     groups = triton.cdiv(vocab, GROUP)
     block_k = triton.next_power_of_2(max(k, 16))
@@ -413,7 +414,8 @@ def student_rows_backward(
         return grad
     scale = numbers(Scale(temperature, softcap, logit_scale))
     unit = _unit(scale, log_weight)
-    launch = tuning.config("student_grad", device)
+    heavy = scale.capped or log_weight is not None or not rows.aligned
+    launch = tuning.config("student_grad", device, heavy)
     splits, chunk = split(n, vocab, launch.block, device)
     with on_device(logits):
         _gradient[(n * splits,)](
