@@ -18,12 +18,14 @@ from torch import Tensor
 
 from tdkd.kernels import backends as _backends
 from tdkd.kernels import gather_q as _gather_q
+from tdkd.kernels import linear_gather_q as _linear_gather_q
 from tdkd.kernels import select_actions as _select_actions
 from tdkd.kernels import soft_value as _soft_value
 from tdkd.kernels import student_rows as _student_rows
 from tdkd.kernels import td_target as _td_target
 from tdkd.kernels.batch_vocabulary import reference as _batch_vocabulary
 from tdkd.kernels.gather_q import reference as _gather_q_reference
+from tdkd.kernels.linear_gather_q import reference as _linear_gather_q_reference
 from tdkd.kernels.linear_rows import reference as _linear_rows
 from tdkd.kernels.linear_select_actions import reference as _linear_select_actions
 from tdkd.kernels.select_actions import reference as _select_actions_reference
@@ -489,7 +491,6 @@ def linear_gather_q(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, or shapes do not fit.
     """
-    _no_kernel("linear_gather_q", impl)
     weight, bias = _head("hidden", hidden, "weight", weight, "bias", bias, None)
     scale = _scale("", temperature, softcap, logit_scale)
     _set_ids("ids", ids, hidden.shape[:-1], hidden)
@@ -497,8 +498,8 @@ def linear_gather_q(
         _ids_below("ids", ids, weight.shape[0])
     rows = ids.shape[:-1].numel()
     flat = hidden.reshape(rows, hidden.shape[-1])
-    q = _linear_rows.linear_gather_q(flat, weight, bias, ids.reshape(rows, ids.shape[-1]), scale)
-    return q.view(ids.shape)
+    gather = _head_rows_of(impl, hidden, weight)
+    return gather(flat, weight, bias, ids.reshape(rows, ids.shape[-1]), scale).view(ids.shape)
 
 
 def linear_logsumexp(
@@ -731,8 +732,8 @@ def linear_td_loss(
             student_rows=_rows_of(impl, student_hidden, ids.shape[-1]),
         )
     else:
-        _no_kernel("linear_gather_q", impl)
-        z, log_rest = _linear_rows.linear_gather_q(flat, weight, bias, ids, scale), None
+        gather = _head_rows_of(impl, flat, weight)
+        z, log_rest = gather(flat, weight, bias, ids, scale), None
     return _td_output(
         z,
         log_rest,
@@ -752,6 +753,11 @@ def linear_td_loss(
 def _rows_of(impl: Impl, student: Tensor, k: int) -> Callable[..., StudentRows]:
     op = _student_rows if _fused(impl, student, k=k) else _student_rows_reference
     return op.student_rows
+
+
+def _head_rows_of(impl: Impl, hidden: Tensor, weight: Tensor) -> Callable[..., Tensor]:
+    op = _linear_gather_q if _fused(impl, hidden, weight) else _linear_gather_q_reference
+    return op.linear_gather_q
 
 
 def _needs_normaliser(objective: ObjectiveLike, q: Level) -> bool:
@@ -854,14 +860,6 @@ def _fused(impl: str, *tensors: Tensor, k: int = 1) -> bool:
     if impl == "fused" and reason is not None:
         raise NotImplementedError(f'impl: expected "auto" or "reference", got "fused": {reason}')
     return reason is None
-
-
-def _no_kernel(op: str, impl: str) -> None:
-    _choice("impl", impl, ("auto", "reference", "fused"))
-    if impl == "fused":
-        raise NotImplementedError(
-            f'impl: expected "auto" or "reference", got "fused": {op} has no kernel yet'
-        )
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

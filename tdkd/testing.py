@@ -148,9 +148,33 @@ def student_case(vocab: int, dtype: torch.dtype, weighted: bool, seed: int) -> S
     return StudentCase(logits.to(dtype), ids, state, log_weight, grad_z, grad_rest)
 
 
+class HeadCase(NamedTuple):
+    """Hidden states, a head with bias, the ids of each position, and gradients to send back."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    ids: Tensor
+    grad: Tensor
+
+
+def head_case(dtype: torch.dtype, width: int, seed: int = 0) -> HeadCase:
+    """Twelve positions of nine ids: padding, a duplicate, an id of all positions, none at all."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(60, (12, 9), generator=generator)
+    ids[:, 0] = 7
+    ids[1, 3:] = -1
+    ids[2, 4] = ids[2, 5]
+    ids[3] = -1
+    draw = [torch.randn(shape, generator=generator) for shape in ((12, width), (60, width), (60,))]
+    hidden, weight, bias = (x.to(dtype) for x in draw)
+    return HeadCase(hidden, weight, bias, ids, torch.randn(ids.shape, generator=generator))
+
+
 GPU_OPS = {
     "select_actions": ("select_actions",),
     "gather_q": ("gather_q", "gather_q_backward"),
+    "linear_gather_q": ("head_products", "head_products_backward"),
     "soft_value": ("soft_value", "soft_value_backward"),
     "student_rows": ("student_rows", "student_rows_backward"),
     "td_target": ("td_target", "td_target_backward"),

@@ -64,7 +64,7 @@ def test_tuning_is_rehearsed(monkeypatch, tmp_path, capsys, tune):
     monkeypatch.setattr(tuning, "CHOICES", {kernel: (good, bad) for kernel in tuning.CHOICES})
     path = tmp_path / "tuned.json"
     path.write_text(json.dumps({"sm_90": {"student_grad": {"block": 1, "num_warps": 2}}}))
-    args = ["--device", "cpu", "--rows", "1", "--vocab", "300", "--k", "4", "--rounds", "1"]
+    args = ["--device", "cpu", "--rows", "1", "--vocab", "320", "--k", "4", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["tune.py", *args, "--output", str(path)])
     assert tune.main() == 0
     said = capsys.readouterr().out

@@ -15,7 +15,7 @@ from tdkd import ops
 from tdkd.kernels import backends, gather_q, select_actions, soft_value, student_rows, td_target
 from tdkd.kernels.student_rows import reference as student_rows_reference
 from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn
-from tdkd.testing import SCALES, hard_rows, make_logits, student_case, ulps
+from tdkd.testing import SCALES, hard_rows, head_case, make_logits, student_case, ulps
 from tdkd.types import Scale
 
 pytestmark = pytest.mark.skipif(backends.MISSING is not None, reason=str(backends.MISSING))
@@ -184,6 +184,46 @@ def test_gradients_do_not_carry_the_rounding_of_the_level(isa, level):
     log_rest = student_rows.student_rows(logits, nothing, Scale()).log_rest
     (grad,) = torch.autograd.grad(log_rest.sum(), logits)
     torch.testing.assert_close(grad.double(), logits.double().softmax(-1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 8, 70, 576])
+def test_linear_gather_q(isa, width, dtype, scale):
+    hidden, weight, bias, ids, grad = head_case(dtype, width)
+
+    def run(impl, *leaves):
+        leaves = [x.clone().requires_grad_() for x in leaves]
+        q = ops.linear_gather_q(
+            leaves[0], leaves[1], ids, bias=leaves[2], impl=impl, **scale._asdict()
+        )
+        (torch.where(q.isfinite(), q, 0.0) * grad.to(q.dtype)).sum().backward()
+        return q.detach(), *(x.grad for x in leaves)
+
+    got = run("fused", hidden, weight, bias)
+    eager = run("reference", hidden, weight, bias)
+    exact = run("reference", hidden.double(), weight.double(), bias.double())
+    assert torch.equal(got[0] == -INF, ids < 0)
+    # sums of up to `width` products in another order than eager's
+    for mine, theirs, wanted in zip(got, eager, exact, strict=True):
+        finite = wanted.isfinite()
+        mine, theirs, wanted = (x.double()[finite] for x in (mine, theirs, wanted))
+        room = 2 * torch.finfo(dtype).eps * wanted.abs() + 2e-7 * width**0.5 * wanted.abs().max()
+        assert ((mine - wanted).abs() <= (theirs - wanted).abs() + room).all()
+    for mine, leaf in zip(got[1:], (hidden, weight, bias), strict=True):
+        assert mine.dtype == leaf.dtype
+    untouched = torch.ones(60, dtype=torch.bool)
+    untouched[ids[ids >= 0]] = False
+    assert not got[2][untouched].any()
+
+
+def test_a_frozen_head_gets_no_gradient(isa):
+    hidden, weight, bias, ids, grad = head_case(torch.float32, 20)
+    hidden.requires_grad_()
+    q = ops.linear_gather_q(hidden, weight, ids, bias=bias, impl="fused")
+    (by_hidden,) = torch.autograd.grad(q.clamp(min=-99.0), hidden, grad)
+    assert by_hidden.shape == hidden.shape
+    assert not by_hidden[3].any()
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -439,6 +479,11 @@ def _opcheck_cases():
                 None,
                 None,
             ),
+        ),
+        "head_products": (t.head_products, (x[0], x[1], x[0, 0, :4], ids[0].remainder(4))),
+        "head_products_backward": (
+            t.head_products_backward,
+            (torch.randn(4, 5), x[0], x[1], ids[0].remainder(4), True),
         ),
         "soft_value": (t.soft_value, (x,)),
         "soft_value_backward": (t.soft_value_backward, (torch.randn(3, 4), x)),

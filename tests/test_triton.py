@@ -15,8 +15,11 @@ from tdkd.kernels.student_rows import reference as student_rows_reference
 from tdkd.kernels.student_rows import student_rows
 from tdkd.kernels.tuning import Config
 from tdkd.objectives import ForwardKL, IQLearn
-from tdkd.testing import GPU_OPS, SCALES, hard_rows, interpreted, student_case, ulps
+from tdkd.testing import GPU_OPS, SCALES, hard_rows, head_case, interpreted, student_case, ulps
 from tdkd.types import Scale
+
+# NumPy tells what the interpreter computes: -inf - -inf, the log of 0
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:.*may also be overridden")
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -261,6 +264,46 @@ def test_an_id_that_is_no_column_gives_nan_and_touches_nothing():
     assert grad.count_nonzero() == 2
 
 
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 8, 70, 576])
+def test_linear_gather_q(width, dtype, scale):
+    hidden, weight, bias, ids, grad = (x.to(DEVICE) for x in head_case(dtype, width))
+
+    def run(impl, *leaves):
+        leaves = [x.clone().requires_grad_() for x in leaves]
+        q = ops.linear_gather_q(
+            leaves[0], leaves[1], ids, bias=leaves[2], impl=impl, **scale._asdict()
+        )
+        (torch.where(q.isfinite(), q, 0.0) * grad.to(q.dtype)).sum().backward()
+        return q.detach(), *(x.grad for x in leaves)
+
+    got = run("fused", hidden, weight, bias)
+    eager = run("reference", hidden, weight, bias)
+    exact = run("reference", hidden.double(), weight.double(), bias.double())
+    assert torch.equal(got[0] == -INF, ids < 0)
+    # sums of up to `width` products in another order than eager's
+    for mine, theirs, wanted in zip(got, eager, exact, strict=True):
+        finite = wanted.isfinite()
+        mine, theirs, wanted = (x.double()[finite] for x in (mine, theirs, wanted))
+        room = 2 * torch.finfo(dtype).eps * wanted.abs() + 2e-7 * width**0.5 * wanted.abs().max()
+        assert ((mine - wanted).abs() <= (theirs - wanted).abs() + room).all()
+    for mine, leaf in zip(got[1:], (hidden, weight, bias), strict=True):
+        assert mine.dtype == leaf.dtype
+    untouched = torch.ones(60, dtype=torch.bool)
+    untouched[ids[ids >= 0].cpu()] = False
+    assert not got[2].cpu()[untouched].any()
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, weight, bias, ids, grad = (x.to(DEVICE) for x in head_case(torch.float32, 20))
+    hidden.requires_grad_()
+    q = ops.linear_gather_q(hidden, weight, ids, bias=bias, impl="fused")
+    (by_hidden,) = torch.autograd.grad(q.clamp(min=-99.0), hidden, grad)
+    assert by_hidden.shape == hidden.shape
+    assert not by_hidden[3].any()
+
+
 @pytest.mark.parametrize("k", [0, 1, 5, 64, 2500])
 def test_soft_value(k):
     generator = torch.Generator().manual_seed(k)
@@ -393,6 +436,8 @@ def opcheck_cases():
         "gather_q_backward": (grad_z, x, ids, *OPTIONS),
         "student_rows": (x, ids, *OPTIONS, weight, state),
         "student_rows_backward": (grad_z, rest, x, ids, rest, *OPTIONS, None, None),
+        "head_products": (x[0], x[1], x[0, 0, :3], ids[0].remainder(3)),
+        "head_products_backward": (grad_z[0], x[0], x[1], ids[0].remainder(3), True),
         "soft_value": (x,),
         "soft_value_backward": (torch.randn(2, 3, device=DEVICE), x),
         "td_target": (v, successor, v, 0.9, 0.5),

@@ -1,0 +1,74 @@
+"""linear_gather_q: schema, fake, autograd, and the call of the kernel.
+
+The kernel makes the products of hidden states with k head rows each; what a head does to its
+products (softcap, temperature) is arithmetic on ``[N, k]`` and stays in PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tdkd.kernels.backends import LIBRARY, fake, on_gpu
+from tdkd.kernels.gather_q.reference import scaled
+from tdkd.types import Scale
+
+LIBRARY.define("head_products(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids) -> Tensor")
+LIBRARY.define(
+    "head_products_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor ids, bool of_head) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+fake("head_products", lambda hidden, weight, bias, ids: hidden.new_empty(ids.shape))
+
+
+def _fake_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor, of_head: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = weight.shape[0] if of_head else 0
+    return (
+        hidden.new_empty(hidden.shape),
+        weight.new_empty((rows, weight.shape[1])),
+        hidden.new_empty(rows),
+    )
+
+
+fake("head_products_backward", _fake_backward)
+on_gpu(__name__, "head_products", "head_products_backward")
+
+
+class _HeadProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+        return torch.ops.tdkd.head_products(hidden, weight, bias, ids)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        hidden, weight, bias, ids = inputs
+        ctx.biased = bias is not None
+        ctx.save_for_backward(hidden, weight, ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, ids = ctx.saved_tensors
+        of_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        by_hidden, by_weight, by_bias = torch.ops.tdkd.head_products_backward(
+            grad, hidden, weight, ids, of_head
+        )
+        return (
+            by_hidden,
+            by_weight if ctx.needs_input_grad[1] else None,
+            by_bias if ctx.biased and ctx.needs_input_grad[2] else None,
+            None,
+        )
+
+
+def linear_gather_q(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scale: Scale
+) -> Tensor:
+    """As in the reference; float32, bfloat16 or float16. Backward is no graph of its own."""
+    z = _HeadProducts.apply(hidden.float(), weight, None if bias is None else bias.float(), ids)
+    return torch.where(ids < 0, -torch.inf, scaled(z, scale))
