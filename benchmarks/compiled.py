@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 
 from tdkd.kernels import rows, tuning
 from tdkd.kernels.gather_q import triton as gather_q
+from tdkd.kernels.linear_gather_q import triton as linear_gather_q
 from tdkd.kernels.select_actions import triton as select_actions
 from tdkd.kernels.soft_value import triton as soft_value
 from tdkd.kernels.student_rows import triton as student_rows
@@ -55,6 +56,9 @@ KERNELS = (
     "td_double",
     "td_spread",
     "td_gradients",
+    "head_products",
+    "head_by_hidden",
+    "head_by_head",
 )
 
 BUDGETS = {
@@ -164,6 +168,13 @@ def kernel_of(job: Job) -> tuple[Any, dict[str, Any], int, int]:
         "td_spread": td_target._spread,
         "td_gradients": td_target._gradients,
     }
+    head = {"SLOTS": linear_gather_q._SLOTS, "COLUMNS": linear_gather_q._COLUMNS}
+    if job.kernel == "head_products":
+        return linear_gather_q._products, {"HAS_BIAS": True} | head, 4, 0
+    if job.kernel == "head_by_hidden":
+        return linear_gather_q._by_hidden, head, 4, 0
+    if job.kernel == "head_by_head":
+        return linear_gather_q._by_head, {"COLUMNS": linear_gather_q._COLUMNS}, 4, 0
     if job.kernel in steps:
         return steps[job.kernel], {"BLOCK": td_target._BLOCK}, 4, 0
     assert job.kernel == "td_step"
@@ -196,6 +207,9 @@ POINTERS = {
     "state_ptr": "i1",
     "taken_ptr": "i64",
     "members_ptr": "i64",
+    "slot_ptr": "i64",
+    "h_ptr": "fp32",
+    "bias_ptr": "fp32",
     "list_ptr": "i32",
     "found_ptr": "i64",
     "ids_ptr": "i32",
@@ -213,9 +227,11 @@ def signature(job: Job, function: Any, constants: dict[str, Any]) -> tuple[dict[
             types[name] = "constexpr"
         elif name in ("grad_ptr", "total_ptr", "value_ptr") and job.kernel.startswith("td_"):
             types[name] = "*fp32"
+        elif name == "out_ptr" or (name == "weight_ptr" and job.kernel == "head_by_head"):
+            types[name] = "*fp32" if name == "out_ptr" else "*" + DTYPES[job.dtype]
         elif name == "order_ptr":
             types[name] = "*i64" if job.kernel == "scatter" else "*i32"
-        elif name == "grad_ptr" and job.kernel == "soft_value_grad":
+        elif name == "grad_ptr" and job.kernel.startswith(("soft_value_grad", "head")):
             types[name] = "*fp32"
         elif name.endswith("_ptr"):
             types[name] = "*" + POINTERS.get(name, DTYPES[job.dtype])

@@ -16,6 +16,7 @@ FIELDS = {
     "select_actions": ("rows", "vocab", "k", "dtype", "logits"),
     "td_loss": ("rows", "vocab", "k", "dtype", "logits"),
     "gather_q": ("rows", "vocab", "k", "dtype"),
+    "linear_gather_q": ("rows", "vocab", "k", "dtype"),
     "soft_value": ("rows", "k"),
     "td_target": ("rows",),
 }
@@ -49,11 +50,13 @@ class Case(NamedTuple):
 
     @property
     def main_bytes(self) -> int:
-        """Size of the tensor that an op reads: one model's logits, or Q-values, or values."""
+        """Size of what an op reads: one model's logits, a head, Q-values, or values."""
         if self.op == "td_target":
             return 4 * self.rows
         if self.op == "soft_value":
             return 4 * self.rows * self.k
+        if self.op == "linear_gather_q":
+            return self.vocab * HIDDEN * DTYPES[self.dtype].itemsize
         return self.rows * self.vocab * DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
@@ -75,9 +78,10 @@ class Inputs(NamedTuple):
 
     main: Tensor
     """the tensor of ``Case.main_bytes``: the teacher's logits for ``select_actions`` and
-    ``td_loss``, the student's for ``gather_q``, Q-values, or values."""
+    ``td_loss``, the student's for ``gather_q``, its head for ``linear_gather_q``, Q-values, or
+    values."""
     student: Tensor | None = None
-    """``[N, V]``, requires grad."""
+    """``[N, V]`` logits, or ``[N, H]`` hidden states for ``linear_gather_q``; requires grad."""
     tokens: Tensor | None = None
     """int64 ``[N]``, in [1, V): 0 is left for padding."""
     ids: Tensor | None = None
@@ -108,6 +112,10 @@ def _td_loss(rows: int, vocab: int, **options: Any) -> Case:
 
 def _gather_q(rows: int, vocab: int, **options: Any) -> Case:
     return Case("gather_q", rows, vocab, **options)
+
+
+def _linear_gather_q(rows: int, vocab: int, **options: Any) -> Case:
+    return Case("linear_gather_q", rows, vocab, **options)
 
 
 def _soft_value(rows: int, **options: Any) -> Case:
@@ -143,6 +151,13 @@ SUITES: dict[str, list[Case]] = {
     ],
     "adversarial": [
         _select(512, 49_152, logits=kind) for kind in LOGITS if kind not in ("random", "peaked")
+    ],
+    "head": [
+        _linear_gather_q(2048, 49_152),
+        _linear_gather_q(2048, 49_152, k=16),
+        _linear_gather_q(2048, 49_152, k=256),
+        _linear_gather_q(2048, 49_152, dtype="bfloat16"),
+        _linear_gather_q(1024, 151_936),
     ],
     "small": [
         _gather_q(512, 49_152),
@@ -244,13 +259,16 @@ def _inputs(case: Case, generator: torch.Generator) -> Inputs:
         q = torch.randn(rows, case.k, generator=generator, device=device).mul_(STD)
         grad = torch.randn(rows, generator=generator, device=device)
         return Inputs(q.requires_grad_(), grad=grad)
-    if case.op == "gather_q":
-        logits = make_logits("random", rows, vocab, dtype, generator).requires_grad_()
+    if case.op in ("gather_q", "linear_gather_q"):
         k = min(case.k, vocab)
         # one id of each of k ranges: distinct
         ids = torch.randint(vocab // k, (rows, k), generator=generator, device=device)
         ids = (ids + torch.arange(k, device=device) * (vocab // k)).int()
         grad = torch.randn(rows, k, generator=generator, device=device)
+        if case.op == "linear_gather_q":
+            given = make_linear_inputs(case)
+            return Inputs(given.student_weight, given.student, ids=ids, grad=grad)
+        logits = make_logits("random", rows, vocab, dtype, generator).requires_grad_()
         return Inputs(logits, ids=ids, grad=grad)
     teacher = make_logits(case.logits, rows, vocab, dtype, generator)
     if case.op == "select_actions":

@@ -226,6 +226,25 @@ def _plain_gather(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.gather(-1, ids.long()).float()
 
 
+def _gather_from_head(gather: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
+    def run(inputs: Inputs) -> tuple[Tensor, ...]:
+        hidden = _there(inputs.student)
+        q = gather(hidden, inputs.main, _there(inputs.ids))
+        return q.detach(), *torch.autograd.grad(q, (hidden, inputs.main), inputs.grad)
+
+    return run
+
+
+def _linear_gather_q(impl: Impl) -> Callable[[Case], Run]:
+    return lambda case: _gather_from_head(
+        lambda hidden, weight, ids: ops.linear_gather_q(hidden, weight, ids, impl=impl)
+    )
+
+
+def _dense_gather(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    return _plain_gather(hidden @ weight.T, ids)
+
+
 def _value(value_of: Callable[[Tensor], Tensor]) -> Run:
     def run(inputs: Inputs) -> tuple[Tensor, ...]:
         value = value_of(inputs.main)
@@ -296,6 +315,19 @@ RIVALS: dict[str, list[Rival]] = {
             "torch.compile",
             lambda case: _gather(torch.compile(_plain_gather, dynamic=False)),
             passes=1,
+            compiles=True,
+        ),
+    ],
+    # forward and backward: hidden states and the head get gradients
+    "linear_gather_q": [
+        Rival("copy", _copied, passes=2, device="cuda"),
+        Rival("amax", _amax, passes=1),
+        Rival("tdkd", _linear_gather_q("fused")),
+        Rival("tdkd reference", _linear_gather_q("reference")),
+        Rival("dense", lambda case: _gather_from_head(_dense_gather)),
+        Rival(
+            "torch.compile",
+            lambda case: _gather_from_head(torch.compile(_dense_gather, dynamic=False)),
             compiles=True,
         ),
     ],
