@@ -19,6 +19,8 @@ from torch import Tensor
 from tdkd.kernels import backends as _backends
 from tdkd.kernels import gather_q as _gather_q
 from tdkd.kernels import linear_gather_q as _linear_gather_q
+from tdkd.kernels import linear_rows as _linear_rows
+from tdkd.kernels import linear_select_actions as _linear_select_actions
 from tdkd.kernels import select_actions as _select_actions
 from tdkd.kernels import soft_value as _soft_value
 from tdkd.kernels import student_rows as _student_rows
@@ -26,8 +28,8 @@ from tdkd.kernels import td_target as _td_target
 from tdkd.kernels.batch_vocabulary import reference as _batch_vocabulary
 from tdkd.kernels.gather_q import reference as _gather_q_reference
 from tdkd.kernels.linear_gather_q import reference as _linear_gather_q_reference
-from tdkd.kernels.linear_rows import reference as _linear_rows
-from tdkd.kernels.linear_select_actions import reference as _linear_select_actions
+from tdkd.kernels.linear_rows import reference as _linear_rows_reference
+from tdkd.kernels.linear_select_actions import reference as _linear_select_actions_reference
 from tdkd.kernels.select_actions import reference as _select_actions_reference
 from tdkd.kernels.soft_value import reference as _soft_value_reference
 from tdkd.kernels.student_rows import reference as _student_rows_reference
@@ -367,8 +369,8 @@ def td_loss(
         teacher_logits, k, top_p, teacher_scale, torch.where(state, tokens, -1), state
     )
     if _needs_normaliser(objective, q):
-        student_rows = _rows_of(impl, student_logits, k)
-        z, log_rest = student_rows(student_logits, actions.ids, scale, state=state)
+        rows = _student_rows if _fused(impl, student_logits, k=k) else _student_rows_reference
+        z, log_rest = rows.student_rows(student_logits, actions.ids, scale, state=state)
         log_rest = log_rest.flatten()
     else:
         gather = _gather_q if _fused(impl, student_logits, k=k) else _gather_q_reference
@@ -444,8 +446,9 @@ def _select_from_head(
     impl: Impl,
 ) -> ActionSet:
     lead = hidden.shape[:-1]
-    op = _select_actions if _fused(impl, hidden, k=k) else _select_actions_reference
-    actions = _linear_select_actions.linear_select_actions(
+    fused = _fused(impl, hidden, weight, k=k)
+    op = _linear_select_actions if fused else _linear_select_actions_reference
+    actions = op.linear_select_actions(
         hidden.reshape(lead.numel(), hidden.shape[-1]),
         weight,
         bias,
@@ -454,7 +457,6 @@ def _select_from_head(
         scale,
         None if include is None else include.reshape(-1),
         None if state is None else state.reshape(-1),
-        select_actions=op.select_actions,
     )
     return ActionSet(*(column.view((*lead, *column.shape[1:])) for column in actions))
 
@@ -541,9 +543,8 @@ def linear_logsumexp(
     lead = hidden.shape[:-1]
     flat = hidden.reshape(lead.numel(), hidden.shape[-1])
     nothing = torch.empty((flat.shape[0], 0), dtype=torch.int64, device=hidden.device)
-    rows = _linear_rows.linear_rows(
-        flat, weight, bias, nothing, scale, vocabulary, student_rows=_rows_of(impl, hidden, 1)
-    )
+    linear_rows = _linear_rows_of(impl, hidden, weight, 1)
+    rows = linear_rows(flat, weight, bias, nothing, scale, vocabulary)
     return rows.log_rest.view(lead)
 
 
@@ -722,15 +723,8 @@ def linear_td_loss(
             vocabulary = batch_vocabulary(used, weight.shape[0], extra=extra, generator=generator)
         elif normaliser == "exact" and vocabulary is not None:
             raise ValueError('vocabulary: expected None with normaliser="exact", got a Vocabulary')
-        z, log_rest = _linear_rows.linear_rows(
-            flat,
-            weight,
-            bias,
-            ids,
-            scale,
-            vocabulary,
-            student_rows=_rows_of(impl, student_hidden, ids.shape[-1]),
-        )
+        linear_rows = _linear_rows_of(impl, flat, weight, ids.shape[-1])
+        z, log_rest = linear_rows(flat, weight, bias, ids, scale, vocabulary)
     else:
         gather = _head_rows_of(impl, flat, weight)
         z, log_rest = gather(flat, weight, bias, ids, scale), None
@@ -750,9 +744,11 @@ def linear_td_loss(
     )
 
 
-def _rows_of(impl: Impl, student: Tensor, k: int) -> Callable[..., StudentRows]:
-    op = _student_rows if _fused(impl, student, k=k) else _student_rows_reference
-    return op.student_rows
+def _linear_rows_of(
+    impl: Impl, hidden: Tensor, weight: Tensor, k: int
+) -> Callable[..., StudentRows]:
+    op = _linear_rows if _fused(impl, hidden, weight, k=k) else _linear_rows_reference
+    return op.linear_rows
 
 
 def _head_rows_of(impl: Impl, hidden: Tensor, weight: Tensor) -> Callable[..., Tensor]:

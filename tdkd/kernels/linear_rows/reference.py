@@ -4,7 +4,7 @@ What ``linear_gather_q``, ``linear_logsumexp`` and ``linear_td_loss`` share: log
 chunk of rows at a time and are computed again in backward.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from tdkd.types import Scale, StudentRows, Vocabulary
 CHUNK_ELEMENTS = 1 << 24
 
 
-def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices over ``rows`` (at least one) that hold at most ``CHUNK_ELEMENTS`` logits each."""
-    step = max(1, CHUNK_ELEMENTS // max(1, columns))
+def row_chunks(rows: int, columns: int, elements: int | None = None) -> Iterator[slice]:
+    """Slices over ``rows`` (at least one) that hold at most ``elements`` logits each, or
+    ``CHUNK_ELEMENTS``."""
+    step = max(1, (elements or CHUNK_ELEMENTS) // max(1, columns))
     for start in range(0, max(1, rows), step):
         yield slice(start, min(rows, start + step))
 
@@ -36,23 +37,17 @@ def linear_rows(
     ids: Tensor,
     scale: Scale,
     vocabulary: Vocabulary | None = None,
-    *,
-    student_rows: Callable[..., StudentRows] = student_rows,
 ) -> StudentRows:
     """``student_rows(hidden @ weight.T + bias, ids)`` over ``hidden [N, H]``, chunk by chunk.
 
     With a vocabulary only its columns exist, and the rest's mass is its weighted estimate.
-    ``student_rows`` reduces the logits of a chunk: the reference, or a kernel.
     """
     # Cast once, outside the chunks: autograd then sums their head gradients in float32.
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     log_weight = None
     if vocabulary is not None:
-        columns = vocabulary.ids.long()
-        ids = position_in(vocabulary, ids)
-        weight = weight.index_select(0, columns)
-        bias = None if bias is None else bias.index_select(0, columns)
-        log_weight = vocabulary.log_weight.to(dtype)
+        weight, bias, ids, log_weight = on_vocabulary(vocabulary, weight, bias, ids)
+        log_weight = log_weight.to(dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def part(hidden: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None) -> StudentRows:
@@ -72,6 +67,19 @@ def linear_rows(
         for rows in row_chunks(hidden.shape[0], weight.shape[0])
     ]
     return StudentRows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def on_vocabulary(
+    vocabulary: Vocabulary, weight: Tensor, bias: Tensor | None, ids: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The head of a vocabulary, where ids stand in it, and its log weights."""
+    columns = vocabulary.ids.long()
+    return (
+        weight.index_select(0, columns),
+        None if bias is None else bias.index_select(0, columns),
+        position_in(vocabulary, ids),
+        vocabulary.log_weight,
+    )
 
 
 def position_in(vocabulary: Vocabulary, ids: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """linear_select_actions: the definition in plain PyTorch."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -19,13 +17,8 @@ def linear_select_actions(
     scale: Scale,
     include: Tensor | None,
     state: Tensor | None = None,
-    *,
-    select_actions: Callable[..., ActionSet] = select_actions,
 ) -> ActionSet:
-    """``select_actions(hidden @ weight.T + bias)`` over ``hidden [N, H]``, chunk by chunk.
-
-    ``select_actions`` reduces the logits of a chunk: the reference, or a kernel.
-    """
+    """``select_actions(hidden @ weight.T + bias)`` over ``hidden [N, H]``, chunk by chunk."""
     hidden, weight = hidden.detach(), weight.detach()
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     weight, bias = weight.to(dtype), None if bias is None else bias.detach().to(dtype)
