@@ -84,7 +84,7 @@ def evaluate(
         task = progress.add_task("teacher-forced", total=len(order))
         for start in range(0, len(order), batch_size):
             batch = [encoded[i] for i in order[start : start + batch_size]]
-            ids, mask, states, tokens = _collate(batch, tokenizer.pad_token_id, student.device)
+            ids, mask, states, tokens = collate(batch, tokenizer.pad_token_id, student.device)
             inputs = {"input_ids": ids, "attention_mask": mask}
             hidden = [last_hidden_state(m, **inputs)[states] for m in (student, teacher)]
             for rows in range(0, tokens.numel(), CHUNK_ROWS):
@@ -190,7 +190,7 @@ def run(
     console.print(f"written to {output}")
 
 
-def _collate(
+def collate(
     batch: list[records.Encoded], pad: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Right-padded ids, mask, mask of states (each ``[B, T]``), and the tokens taken there."""

@@ -1,0 +1,113 @@
+"""Bias and spread of log Z from a batch vocabulary, and of the gradient, against the exact ones.
+
+    python benchmarks/normaliser.py --teacher DIR --student DIR --data heldout.jsonl
+
+Models and data are those of `make demo` (runs/demo/teacher, runs/demo/td/final, runs/demo/heldout.jsonl).
+A batch is as many answers as a training step holds. Each m is drawn many times for every batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tdkd import ops, records
+from tdkd.cli.evaluate import collate
+from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer
+from tdkd.objectives import ForwardKL
+
+EXTRA = (0, 256, 1024, 4096)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("teacher", "student", "data"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--answers", type=int, default=8, help="a batch")
+    parser.add_argument("--draws", type=int, default=8, help="vocabularies of each m and batch")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    tokenizer = load_tokenizer(options.teacher, chat=True)
+    teacher, student = load_model(options.teacher), load_model(options.student)
+    encoded = [records.encode(r, tokenizer, max_length=128) for r in records.read(options.data)]
+    found: dict[int, list[tuple[float, ...]]] = {extra: [] for extra in EXTRA}
+    columns: dict[int, list[int]] = {extra: [] for extra in EXTRA}
+    for start in range(0, len(encoded), options.answers):
+        batch = encoded[start : start + options.answers]
+        for extra in EXTRA:
+            draws = options.draws if extra else 1
+            rows, widths = compare(teacher, student, tokenizer.pad_token_id, batch, extra, draws)
+            found[extra] += rows
+            columns[extra] += widths
+    told = []
+    print("| m | columns | bias of log Z | spread of log Z | gradient, relative error | cosine |")
+    print("|---|---|---|---|---|---|")
+    for extra in EXTRA:
+        means = torch.tensor(found[extra]).mean(0).tolist()
+        width = sum(columns[extra]) / len(columns[extra])
+        told.append({"extra": extra, "columns": width, **dict(zip(NAMES, means, strict=True))})
+        bias, spread, error, cosine = means
+        print(
+            f"| {extra} | {width:,.0f} | {bias:+.4f} | {spread:.4f} | {error:.3f} | {cosine:.4f} |"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(told, indent=1) + "\n")
+
+
+NAMES = ("bias", "spread", "gradient_error", "gradient_cosine")
+
+
+def compare(
+    teacher: torch.nn.Module,
+    student: torch.nn.Module,
+    pad: int,
+    batch: list[records.Encoded],
+    extra: int,
+    draws: int,
+) -> tuple[list[tuple[float, ...]], list[int]]:
+    """For each draw: mean and spread over positions of log Z - its exact value, nats; and of the
+    gradient of the mean tail-bucket KL with respect to hidden states, the relative error and the
+    cosine."""
+    ids, mask, states, tokens = collate(batch, pad, torch.device("cpu"))
+    heads = [lm_head(model) for model in (teacher, student)]
+    with torch.no_grad():
+        hidden = [
+            last_hidden_state(model, input_ids=ids, attention_mask=mask)[states]
+            for model in (teacher, student)
+        ]
+    actions = ops.linear_select_actions(hidden[0], heads[0].weight, 64, 0.8, include=tokens)
+    leaf = hidden[1].requires_grad_()
+    weight = heads[1].weight.detach()
+
+    def gradient(**normaliser: object) -> Tensor:
+        loss = ops.linear_td_loss(
+            leaf, weight, tokens, actions=actions, objective=ForwardKL(tail=True), **normaliser
+        ).loss
+        return torch.autograd.grad(loss, leaf)[0].flatten()
+
+    exact = gradient(normaliser="exact")
+    with torch.no_grad():
+        log_z = ops.linear_logsumexp(leaf, weight)
+    rows, widths = [], []
+    for seed in range(draws):
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = ops.batch_vocabulary(
+            actions, weight.shape[0], extra=extra, generator=generator
+        )
+        with torch.no_grad():
+            off = ops.linear_logsumexp(leaf, weight, vocabulary=vocabulary) - log_z
+        estimate = gradient(normaliser="batch", vocabulary=vocabulary)
+        error = (estimate - exact).norm() / exact.norm()
+        cosine = torch.nn.functional.cosine_similarity(estimate, exact, dim=0)
+        rows.append((off.mean().item(), off.std().item(), error.item(), cosine.item()))
+        widths.append(vocabulary.ids.shape[0])
+    return rows, widths
+
+
+if __name__ == "__main__":
+    main()
