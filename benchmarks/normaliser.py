@@ -2,8 +2,8 @@
 
     python benchmarks/normaliser.py --teacher DIR --student DIR --data heldout.jsonl
 
-Models and data are those of `make demo` (runs/demo/teacher, runs/demo/td/final, runs/demo/heldout.jsonl).
-A batch is as many answers as a training step holds. Each m is drawn many times for every batch.
+Models and data are those of `make demo`: runs/demo/teacher, runs/demo/td/final (or warm/final, or
+student-init) and runs/demo/heldout.jsonl. A batch is as many answers as a training step holds. Each m is drawn many times for every batch.
 """
 
 from __future__ import annotations
@@ -52,9 +52,8 @@ def main() -> None:
         width = sum(columns[extra]) / len(columns[extra])
         told.append({"extra": extra, "columns": width, **dict(zip(NAMES, means, strict=True))})
         bias, spread, error, cosine = means
-        print(
-            f"| {extra} | {width:,.0f} | {bias:+.4f} | {spread:.4f} | {error:.3f} | {cosine:.4f} |"
-        )
+        shown = f"{bias:+.4f} | {spread:.4f} | {error:.3f} | {cosine:.4f}"
+        print(f"| {extra} | {width:,.0f} | {shown} |")
     if options.json:
         options.json.write_text(json.dumps(told, indent=1) + "\n")
 
