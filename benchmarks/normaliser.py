@@ -3,7 +3,8 @@
     python benchmarks/normaliser.py --teacher DIR --student DIR --data heldout.jsonl
 
 Models and data are those of `make demo`: runs/demo/teacher, runs/demo/td/final (or warm/final, or
-student-init) and runs/demo/heldout.jsonl. A batch is as many answers as a training step holds. Each m is drawn many times for every batch.
+student-init) and runs/demo/heldout.jsonl. A batch is as many answers as a training step holds.
+Each m is drawn many times for every batch.
 """
 
 from __future__ import annotations
