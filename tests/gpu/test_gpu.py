@@ -205,3 +205,69 @@ def test_a_thousand_random_cases():
         near = student_rows_reference.student_rows(logits, got.ids, Scale(**options))
         assert ulps(z, near.z, exact.z) <= 64, case
         assert ulps(rest, near.log_rest, exact.log_rest) <= 64, case
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_k_rows_of_a_large_head(dtype):
+    rows, width, vocab, k = 512, 1024, 151_936, 64
+    hidden = torch.randn(rows, width, device=GPU, generator=generator(1)).to(dtype)
+    weight = torch.randn(vocab, width, device=GPU, generator=generator(2)).to(dtype)
+    ids = torch.randint(vocab, (rows, k), device=GPU, generator=generator(3))
+    ids[:, 0] = 11  # an id of every position
+    ids[:, 1] = -1
+    grad = torch.randn(rows, k, device=GPU, generator=generator(4))
+
+    def run(*leaves, impl):
+        leaves = [x.detach().clone().requires_grad_() for x in leaves]
+        q = ops.linear_gather_q(*leaves, ids, impl=impl)
+        (torch.where(q.isfinite(), q, 0.0) * grad).sum().backward()
+        return q.detach(), *(x.grad for x in leaves)
+
+    got, again = (run(hidden, weight, impl="fused") for _ in range(2))
+    exact = run(hidden.double(), weight.double(), impl="reference")
+    for mine, same, wanted in zip(got, again, exact, strict=True):
+        assert torch.equal(mine, same)
+        finite = wanted.isfinite()
+        error = (mine.double() - wanted)[finite].abs()
+        eps = torch.finfo(mine.dtype).eps
+        room = eps * wanted[finite].abs() + 1e-6 * width**0.5 * wanted[finite].abs().max()
+        assert (error <= room).all()
+
+
+@pytest.mark.parametrize("normaliser", ["exact", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_from_hidden_states(dtype, normaliser):
+    rows, width, vocab = 96, 256, 8192
+    draws = [(rows, width), (vocab, width), (rows, width), (vocab, width)]
+    student, head, teacher, teacher_head = (
+        (torch.randn(shape, device=GPU, generator=generator(i)) * width**-0.25).to(dtype)
+        for i, shape in enumerate(draws)
+    )
+    tokens = torch.randint(vocab, (rows,), device=GPU, generator=generator(9))
+    # one set for all: sets of a teacher in float64 are others
+    actions = ops.linear_select_actions(teacher, teacher_head, 64, 0.8, include=tokens)
+    vocabulary = None
+    if normaliser == "batch":
+        vocabulary = ops.batch_vocabulary(actions, vocab, generator=generator(5))
+
+    def run(*leaves, impl):
+        leaves = [x.detach().clone().requires_grad_() for x in leaves]
+        out = ops.linear_td_loss(
+            *leaves,
+            tokens,
+            actions=actions,
+            objective=OBJECTIVE,
+            normaliser=normaliser,
+            vocabulary=vocabulary,
+            impl=impl,
+        )
+        out.loss.backward()
+        return out.loss.detach().view(1), *(x.grad for x in leaves)
+
+    got = run(student, head, impl="fused")
+    exact = run(student.double(), head.double(), impl="reference")
+    # the gradient of logits enters its products in the dtype of the head
+    share = 2e-2 if dtype == torch.bfloat16 else 2e-3
+    for mine, wanted in zip(got, exact, strict=True):
+        error = (mine.double() - wanted).norm() / wanted.norm()
+        assert error < share
