@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 import torch
+from checks import check_linear_gather_q, check_student_rows
 from torch.library import opcheck
 
 pytest.importorskip("triton")
@@ -15,7 +16,7 @@ from tdkd.kernels.student_rows import reference as student_rows_reference
 from tdkd.kernels.student_rows import student_rows
 from tdkd.kernels.tuning import Config
 from tdkd.objectives import ForwardKL, IQLearn
-from tdkd.testing import GPU_OPS, SCALES, hard_rows, head_case, interpreted, student_case, ulps
+from tdkd.testing import GPU_OPS, SCALES, hard_rows, head_case, interpreted, ulps
 from tdkd.types import Scale
 
 # NumPy tells what the interpreter computes: -inf - -inf, the log of 0
@@ -160,36 +161,7 @@ def test_empty_shapes():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [7, 64, 1025])
 def test_student_rows_forward_and_gradient(vocab, dtype, scale, weighted):
-    case = student_case(vocab, dtype, weighted, seed=vocab)
-    logits, ids, state, log_weight, grad_z, grad_rest = (
-        None if x is None else x.to(DEVICE) for x in case
-    )
-
-    def run(function, logits):
-        leaf = logits.clone().requires_grad_()
-        wide = torch.promote_types(leaf.dtype, torch.float32)
-        weight = None if log_weight is None else log_weight.to(wide)
-        z, log_rest = function(leaf, ids, scale, log_weight=weight, state=state)
-        z_part = torch.where(z.isfinite(), z, 0.0) * grad_z.to(z.dtype)
-        rest_part = torch.where(log_rest.isfinite(), log_rest, 0.0) * grad_rest.to(z.dtype)
-        (z_part.sum() + rest_part.sum()).backward()
-        return z.detach(), log_rest.detach(), leaf.grad
-
-    got = run(student_rows, logits)
-    eager = run(student_rows_reference.student_rows, logits)
-    exact = run(student_rows_reference.student_rows, logits.double())
-    assert ulps(got[0], eager[0], exact[0]) <= 2
-    assert ulps(got[1], eager[1], exact[1]) <= 4
-    assert got[2].dtype == dtype
-    assert got[2].isfinite().all()
-    error = (got[2].double() - exact[2]).abs()
-    allowed = (eager[2].double() - exact[2]).abs().nan_to_num(INF)
-    # as for the C++ kernels: exp of a difference of logits carries half its last place
-    unit = torch.finfo(dtype).eps * exact[2].abs() + 8e-6 * exact[2].abs() + 1e-37
-    if dtype == torch.float16:
-        unit = unit + 2**-24
-    assert (error <= allowed + unit).all()
-    assert not got[2][5].any()
+    check_student_rows(vocab, dtype, scale, weighted, DEVICE)
 
 
 @pytest.mark.parametrize("k", [70, 1024])
@@ -268,31 +240,7 @@ def test_an_id_that_is_no_column_gives_nan_and_touches_nothing():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 8, 70, 576])
 def test_linear_gather_q(width, dtype, scale):
-    hidden, weight, bias, ids, grad = (x.to(DEVICE) for x in head_case(dtype, width))
-
-    def run(impl, *leaves):
-        leaves = [x.clone().requires_grad_() for x in leaves]
-        q = ops.linear_gather_q(
-            leaves[0], leaves[1], ids, bias=leaves[2], impl=impl, **scale._asdict()
-        )
-        (torch.where(q.isfinite(), q, 0.0) * grad.to(q.dtype)).sum().backward()
-        return q.detach(), *(x.grad for x in leaves)
-
-    got = run("fused", hidden, weight, bias)
-    eager = run("reference", hidden, weight, bias)
-    exact = run("reference", hidden.double(), weight.double(), bias.double())
-    assert torch.equal(got[0] == -INF, ids < 0)
-    # sums of up to `width` products in another order than eager's
-    for mine, theirs, wanted in zip(got, eager, exact, strict=True):
-        finite = wanted.isfinite()
-        mine, theirs, wanted = (x.double()[finite] for x in (mine, theirs, wanted))
-        room = 2 * torch.finfo(dtype).eps * wanted.abs() + 2e-7 * width**0.5 * wanted.abs().max()
-        assert ((mine - wanted).abs() <= (theirs - wanted).abs() + room).all()
-    for mine, leaf in zip(got[1:], (hidden, weight, bias), strict=True):
-        assert mine.dtype == leaf.dtype
-    untouched = torch.ones(60, dtype=torch.bool)
-    untouched[ids[ids >= 0].cpu()] = False
-    assert not got[2].cpu()[untouched].any()
+    check_linear_gather_q(width, dtype, scale, DEVICE)
 
 
 def test_a_frozen_head_gets_no_gradient():

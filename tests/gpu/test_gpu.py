@@ -203,8 +203,10 @@ def test_a_thousand_random_cases():
         z, rest = student_rows(logits, got.ids, Scale(**options))
         exact = student_rows_reference.student_rows(logits.double(), got.ids, Scale(**options))
         near = student_rows_reference.student_rows(logits, got.ids, Scale(**options))
-        assert ulps(z, near.z, exact.z) <= 64, case
-        assert ulps(rest, near.log_rest, exact.log_rest) <= 64, case
+        # tanh is right to 1e-7, which the cap of 30 / 0.7 multiplies
+        room = 4 if options["softcap"] is None else 64
+        assert ulps(z, near.z, exact.z) <= room, case
+        assert ulps(rest, near.log_rest, exact.log_rest) <= room, case
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
