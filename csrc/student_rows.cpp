@@ -77,14 +77,13 @@ std::tuple<Tensor, Tensor> student_rows(const Tensor& logits, const Tensor& ids,
   return {z, log_rest};
 }
 
-Tensor student_rows_backward(const Tensor& grad_z, const Tensor& grad_rest, const Tensor& logits,
-                             const Tensor& ids, const Tensor& log_rest, double temperature,
-                             std::optional<double> softcap, double logit_scale,
-                             std::optional<Tensor> log_weight, std::optional<Tensor> state) {
+/// Writes the gradient of logits into `grad`, which may be the logits themselves.
+void write_gradient(const Tensor& grad_z, const Tensor& grad_rest, const Tensor& logits,
+                    const Tensor& ids, const Tensor& log_rest, const Scale& scale,
+                    const std::optional<Tensor>& log_weight, const std::optional<Tensor>& state,
+                    Tensor& grad) {
   const LogitRows rows(logits);
   const Options given(ids, log_weight, state);
-  const Scale scale = make_scale(temperature, softcap, logit_scale);
-  Tensor grad = torch::stable::new_empty(logits, rows.shape(rows.columns));
   const Tensor from_z = torch::stable::contiguous(grad_z);
   const Tensor from_rest = torch::stable::contiguous(grad_rest);
   const float* dz = static_cast<const float*>(from_z.const_data_ptr());
@@ -101,6 +100,7 @@ Tensor student_rows_backward(const Tensor& grad_z, const Tensor& grad_rest, cons
     torch::stable::parallel_for(
         0, rows.count, grain(rows.columns), [&](int64_t begin, int64_t end) {
           std::vector<Slot> slots;
+          std::vector<float> of_slots(given.k);
           for (int64_t i = begin; i < end; ++i) {
             T* row_grad = out + i * rows.columns;
             if (!given.counts(i)) {
@@ -109,12 +109,30 @@ Tensor student_rows_backward(const Tensor& grad_z, const Tensor& grad_rest, cons
             }
             given.slots_of(i, bound, slots);
             body(rows.row<T>(i), given.log_weight, rows.columns, scale, slots, rest[i],
-                 dz + i * given.k, float(drest[i]), row_grad);
+                 dz + i * given.k, float(drest[i]), of_slots.data(), row_grad);
           }
         });
   });
   bound.check("ids");
+}
+
+Tensor student_rows_backward(const Tensor& grad_z, const Tensor& grad_rest, const Tensor& logits,
+                             const Tensor& ids, const Tensor& log_rest, double temperature,
+                             std::optional<double> softcap, double logit_scale,
+                             std::optional<Tensor> log_weight, std::optional<Tensor> state) {
+  Tensor grad = torch::stable::new_empty(logits, logits.sizes());
+  write_gradient(grad_z, grad_rest, logits, ids, log_rest,
+                 make_scale(temperature, softcap, logit_scale), log_weight, state, grad);
   return grad;
+}
+
+void student_rows_backward_(const Tensor& grad_z, const Tensor& grad_rest, Tensor logits,
+                            const Tensor& ids, const Tensor& log_rest, double temperature,
+                            std::optional<double> softcap, double logit_scale,
+                            std::optional<Tensor> log_weight, std::optional<Tensor> state) {
+  STD_TORCH_CHECK(logits.is_contiguous(), "logits: expected contiguous ones, to be overwritten");
+  write_gradient(grad_z, grad_rest, logits, ids, log_rest,
+                 make_scale(temperature, softcap, logit_scale), log_weight, state, logits);
 }
 
 }  // namespace
@@ -122,6 +140,7 @@ Tensor student_rows_backward(const Tensor& grad_z, const Tensor& grad_rest, cons
 STABLE_TORCH_LIBRARY_IMPL(tdkd, CPU, m) {
   m.impl("student_rows", TORCH_BOX(&student_rows));
   m.impl("student_rows_backward", TORCH_BOX(&student_rows_backward));
+  m.impl("student_rows_backward_", TORCH_BOX(&student_rows_backward_));
 }
 
 }  // namespace tdkd

@@ -51,11 +51,13 @@ void student_row(const T* x, const float* log_weight, int64_t n, const Scale& sc
 }
 
 /// grad[j] = dz/dx (grad_rest exp(z_j - log_rest) outside the set, the sum of its slots' grad_z in
-/// it).
+/// it). `grad` may be `x`; `of_slots` has room for one float a slot.
 template <class T, bool capped>
 void student_row_backward(const T* x, const float* log_weight, int64_t n, const Scale& scale,
                           const std::vector<Slot>& slots, double log_rest, const float* grad_z,
-                          float grad_rest, T* grad) {
+                          float grad_rest, float* of_slots, T* grad) {
+  // before x is overwritten
+  for (size_t s = 0; s < slots.size(); ++s) of_slots[s] = scale.derivative(to_float(x[slots[s].id]));
   if (grad_rest == 0 || log_rest == -INFINITY) {
     std::fill(grad, grad + n, T{});
   } else {
@@ -98,9 +100,10 @@ void student_row_backward(const T* x, const float* log_weight, int64_t n, const 
   }
   for (size_t s = 0; s < slots.size();) {
     const int32_t id = slots[s].id;
+    const float derivative = of_slots[s];
     float total = 0;
     for (; s < slots.size() && slots[s].id == id; ++s) total += grad_z[slots[s].slot];
     // no gradient reaches a masked logit, and 0 * dz/dx would be NaN where z is infinite
-    from_float(total == 0 ? 0.0f : total * scale.derivative(to_float(x[id])), grad[id]);
+    from_float(total == 0 ? 0.0f : total * derivative, grad[id]);
   }
 }

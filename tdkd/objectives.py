@@ -1,13 +1,16 @@
 """TD objectives and the behaviour-cloning baselines on the same action set.
 
 An objective is a callable from :class:`tdkd.types.Rows` to one loss a row, ``[N]``; a plain
-function will do. Two attributes tell the ops what it needs (a function without them is given
+function will do. Three attributes tell the ops what it needs (a function without them is given
 everything, and counted as one that bootstraps):
 
 ``bootstraps``
     it reads V' of the successor: rows whose response was cut off do not count.
 ``normalised``
     it reads ``rows.log_mass`` or ``rows.log_tail``: the student's full normaliser is computed.
+``rowwise``
+    the loss of a row reads that row alone, and V' of its successor: the linear forms then compute
+    it a chunk of rows at a time, which spares them a product with the head.
 
 ``ForwardKL(tail=True) + 0.1 * IQLearn()`` is an objective too.
 """
@@ -28,6 +31,7 @@ class Objective:
 
     bootstraps: bool = False
     normalised: bool = False
+    rowwise: bool = False
 
     def __call__(self, rows: Rows) -> Tensor:
         """One loss a row, ``[N]``; entries of rows that are no states are ignored."""
@@ -57,6 +61,7 @@ class Weighted(Objective):
         self.terms = terms
         self.bootstraps = all(objective.bootstraps for _, objective in terms)
         self.normalised = any(objective.normalised for _, objective in terms)
+        self.rowwise = all(objective.rowwise for _, objective in terms)
 
     def __call__(self, rows: Rows) -> Tensor:
         total = torch.zeros_like(rows.value)
@@ -98,6 +103,7 @@ class IQLearn(Objective):
     """
 
     bootstraps = True
+    rowwise = True
 
     def __init__(
         self,
@@ -137,6 +143,8 @@ class IQLearn(Objective):
 class _OnTheSet(Objective):
     """Shared by the imitation baselines: with ``tail`` the full vocabulary counts, as the set plus
     one bucket that holds the rest; without, both distributions are renormalised on the set."""
+
+    rowwise = True
 
     def __init__(self, *, tail: bool = False) -> None:
         self.tail = tail

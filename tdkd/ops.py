@@ -11,6 +11,7 @@ and raises where there is none; ``"auto"`` takes the kernel where one exists.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -21,6 +22,7 @@ from tdkd.kernels import gather_q as _gather_q
 from tdkd.kernels import linear_gather_q as _linear_gather_q
 from tdkd.kernels import linear_rows as _linear_rows
 from tdkd.kernels import linear_select_actions as _linear_select_actions
+from tdkd.kernels import routes as _routes
 from tdkd.kernels import select_actions as _select_actions
 from tdkd.kernels import soft_value as _soft_value
 from tdkd.kernels import student_rows as _student_rows
@@ -29,14 +31,15 @@ from tdkd.kernels.batch_vocabulary import reference as _batch_vocabulary
 from tdkd.kernels.gather_q import reference as _gather_q_reference
 from tdkd.kernels.linear_gather_q import reference as _linear_gather_q_reference
 from tdkd.kernels.linear_rows import reference as _linear_rows_reference
+from tdkd.kernels.linear_rows.in_forward import linear_loss
 from tdkd.kernels.linear_select_actions import reference as _linear_select_actions_reference
 from tdkd.kernels.select_actions import reference as _select_actions_reference
 from tdkd.kernels.soft_value import reference as _soft_value_reference
 from tdkd.kernels.student_rows import reference as _student_rows_reference
 from tdkd.kernels.td_target import reference as _td_target_reference
-from tdkd.kernels.td_target.reference import next_value
 from tdkd.objectives import IQLearn, ObjectiveLike
-from tdkd.types import ActionSet, Rows, Scale, StudentRows, TDOutput, Vocabulary
+from tdkd.td_rows import RowTerms, TDRows
+from tdkd.types import ActionSet, Scale, StudentRows, TDOutput, Vocabulary
 
 __all__ = [
     "ActionSet",
@@ -59,6 +62,9 @@ Impl = Literal["auto", "reference", "fused"]
 Level = Literal["log_prob", "logit"]
 Normaliser = Literal["exact", "batch"]
 Reduction = Literal["mean", "sum", "none"]
+
+CAPACITY_STEP = 1024
+"""Batch vocabularies that are padded have a multiple of it as their size."""
 
 
 def select_actions(
@@ -369,15 +375,13 @@ def td_loss(
         teacher_logits, k, top_p, teacher_scale, torch.where(state, tokens, -1), state
     )
     if _needs_normaliser(objective, q):
-        rows = _student_rows if _fused(impl, student_logits, k=k) else _student_rows_reference
-        z, log_rest = rows.student_rows(student_logits, actions.ids, scale, state=state)
+        op = _student_rows if _fused(impl, student_logits, k=k) else _student_rows_reference
+        z, log_rest = op.student_rows(student_logits, actions.ids, scale, state=state)
         log_rest = log_rest.flatten()
     else:
         gather = _gather_q if _fused(impl, student_logits, k=k) else _gather_q_reference
         z, log_rest = gather.gather_q(student_logits, actions.ids, scale), None
-    return _td_output(
-        z.reshape(tokens.numel(), k),
-        log_rest,
+    rows = _td_rows(
         actions,
         tokens,
         objective=objective,
@@ -385,10 +389,11 @@ def td_loss(
         gamma=gamma,
         successor=successor,
         ignore_index=ignore_index,
-        reduction=reduction,
-        num_items_in_batch=num_items_in_batch,
         impl=impl,
     )
+    divisor = _divisor(rows, reduction, num_items_in_batch)
+    terms = rows(z.reshape(tokens.numel(), k), log_rest)
+    return _td_output(terms, actions, lead, reduction, divisor)
 
 
 def linear_select_actions(
@@ -500,8 +505,12 @@ def linear_gather_q(
         _ids_below("ids", ids, weight.shape[0])
     rows = ids.shape[:-1].numel()
     flat = hidden.reshape(rows, hidden.shape[-1])
-    gather = _head_rows_of(impl, hidden, weight)
-    return gather(flat, weight, bias, ids.reshape(rows, ids.shape[-1]), scale).view(ids.shape)
+    k, ids_of = ids.shape[-1], ids.reshape(rows, ids.shape[-1])
+    if _routes.gathers(hidden.device.type, k, weight.shape[0]):
+        q = _head_rows_of(impl, hidden, weight)(flat, weight, bias, ids_of, scale)
+    else:
+        q = _linear_rows_of(impl, hidden, weight, k)(flat, weight, bias, ids_of, scale).z
+    return q.view(ids.shape)
 
 
 def linear_logsumexp(
@@ -553,31 +562,55 @@ def batch_vocabulary(
     vocab_size: int,
     *,
     extra: int = 1024,
+    law: Tensor | None = None,
+    capacity: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Vocabulary:
     """The columns that matter to a batch: every member of every set, and a sample of the others.
 
-    The union U of the sets has weight 1; ``extra`` columns drawn uniformly without replacement from
-    the other ``V - |U|`` stand for all of them, each with the weight ``(V - |U|) / extra``, so that
-    ``sum exp(z + log_weight)`` is an unbiased estimate of Z.
+    The union U of the sets has weight 1; ``extra`` columns drawn without replacement from the other
+    ``V - |U|`` stand for all of them. Each has the weight 1 / (its chance to be drawn), which is
+    ``(V - |U|) / extra`` for the uniform law, so that ``sum exp(z + log_weight)`` is an unbiased
+    estimate of Z (of its part on columns that the law can draw).
 
     Args:
         actions: action sets of the batch.
         vocab_size: V.
-        extra: number of sampled columns, >= 0 (all others, if there are fewer).
+        extra: number of sampled columns, >= 0 (all others, if there are fewer; within one, where
+            ``law`` is given).
+        law: chances of the columns up to a factor, ``(V,)``, >= 0; the best is near to the
+            student's mean probabilities. None is uniform. Systematic sampling from a random order.
+        capacity: size M of the result, padded at its end; it must hold the union and the sample.
+            With it no host sync is needed on a GPU. None: M is what the data ask for.
         generator: source of randomness; None is torch's default one.
     Returns:
-        ``Vocabulary(ids int32 (M,) ascending, log_weight float32 (M,))``; M depends on the data.
+        ``Vocabulary(ids int32 (M,) ascending, log_weight float32 (M,))``; -1 and -inf where padded.
     Raises:
-        ValueError: ``extra`` is negative, ``vocab_size`` < 1, or a member is >= ``vocab_size``.
+        TypeError: ``law`` is not floating point.
+        ValueError: ``extra`` is negative, ``vocab_size`` < 1, ``law`` has another shape, or (on a
+            CPU) a member is >= ``vocab_size`` or ``capacity`` is too small.
+        RuntimeError: on a GPU, asynchronously, in place of the last two.
     """
     if vocab_size < 1:
         raise ValueError(f"vocab_size: expected a number >= 1, got {vocab_size!r}")
     if extra < 0:
         raise ValueError(f"extra: expected a number >= 0, got {extra!r}")
-    _ids_below("actions", actions.ids, vocab_size)
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity: expected a number >= 1, got {capacity!r}")
+    if law is not None:
+        _floating("law", law)
+        _same_shape("law", law, torch.Size([vocab_size]), "the vocabulary")
+        _same_device("law", law, actions.ids)
+        law = law.detach()
+    if not actions.ids.is_cuda and not torch.compiler.is_compiling():
+        _ids_below("actions", actions.ids, vocab_size)
     return _batch_vocabulary.batch_vocabulary(
-        actions.ids, vocab_size, extra=extra, generator=generator
+        actions.ids,
+        vocab_size,
+        extra=extra,
+        law=law,
+        capacity=capacity,
+        generator=generator,
     )
 
 
@@ -594,6 +627,8 @@ def linear_td_loss(
     normaliser: Normaliser = "exact",
     vocabulary: Vocabulary | None = None,
     extra: int = 1024,
+    law: Tensor | None = None,
+    capacity: int | None = None,
     generator: torch.Generator | None = None,
     k: int = 64,
     top_p: float = 0.8,
@@ -628,10 +663,12 @@ def linear_td_loss(
         actions: action sets in place of a live teacher; then ``k``, ``top_p`` and the teacher's
             options have no say.
         normaliser: how ``log Z`` is had where the objective or ``q="log_prob"`` needs it:
-            ``"exact"`` over all columns, or ``"batch"`` from the batch vocabulary.
+            ``"exact"`` over all columns, or ``"batch"`` from the batch vocabulary, unless that
+            would hold most columns (``tdkd info`` tells the bound): then over all of them.
         vocabulary: for ``"batch"``: columns in place of
             ``batch_vocabulary(actions, V, extra=extra)``; must hold every member.
-        extra: for ``"batch"``: number of sampled columns.
+        extra: for ``"batch"``: number of sampled columns; ``law`` and ``capacity`` as in
+            :func:`batch_vocabulary`.
         generator: for ``"batch"``: source of randomness.
         bias: the student's head bias ``(V,)``; ``teacher_bias`` is the teacher's.
         objective: as in :func:`td_loss`, and so are the others.
@@ -648,6 +685,8 @@ def linear_td_loss(
     lead = student_hidden.shape[:-1]
     _tokens("tokens", tokens, lead, student_hidden)
     _choice("normaliser", normaliser, ("exact", "batch"))
+    if normaliser == "exact" and vocabulary is not None:
+        raise ValueError('vocabulary: expected None with normaliser="exact", got a Vocabulary')
     scale = _scale("", temperature, softcap, logit_scale)
     state = tokens != ignore_index
     if check:
@@ -716,32 +755,83 @@ def linear_td_loss(
     flat = torch.where(here, student_hidden, 0.0)
     flat = flat.reshape(tokens.numel(), student_hidden.shape[-1])
     used = actions._replace(ids=torch.where(here, actions.ids, -1))
-    ids = used.ids.reshape(tokens.numel(), used.ids.shape[-1])
     objective = IQLearn() if objective is None else objective
-    if _needs_normaliser(objective, q):
-        if normaliser == "batch" and vocabulary is None:
-            vocabulary = batch_vocabulary(used, weight.shape[0], extra=extra, generator=generator)
-        elif normaliser == "exact" and vocabulary is not None:
-            raise ValueError('vocabulary: expected None with normaliser="exact", got a Vocabulary')
-        linear_rows = _linear_rows_of(impl, flat, weight, ids.shape[-1])
-        z, log_rest = linear_rows(flat, weight, bias, ids, scale, vocabulary)
-    else:
-        gather = _head_rows_of(impl, flat, weight)
-        z, log_rest = gather(flat, weight, bias, ids, scale), None
-    return _td_output(
-        z,
-        log_rest,
-        actions,
+    rows = _td_rows(
+        used,
         tokens,
         objective=objective,
         q=q,
         gamma=gamma,
         successor=successor,
         ignore_index=ignore_index,
-        reduction=reduction,
-        num_items_in_batch=num_items_in_batch,
         impl=impl,
     )
+    divisor = _divisor(rows, reduction, num_items_in_batch)
+    route = _routes.route(
+        flat.device.type,
+        rows.ids.shape[-1],
+        weight.shape[0],
+        normaliser=normaliser if _needs_normaliser(objective, q) else None,
+    )
+    if route == "gather":
+        terms = rows(_head_rows_of(impl, flat, weight)(flat, weight, bias, rows.ids, scale), None)
+        return _td_output(terms, actions, lead, reduction, divisor)
+    if route == "exact":
+        vocabulary = None
+    elif vocabulary is None:
+        vocabulary = batch_vocabulary(
+            used,
+            weight.shape[0],
+            extra=extra,
+            law=law,
+            capacity=_capacity(capacity, rows.ids, extra, weight.shape[0]),
+            generator=generator,
+        )
+        if not _routes.pays(flat.device.type, vocabulary.ids.numel(), weight.shape[0]):
+            vocabulary = None
+    else:
+        _holds(vocabulary, rows.ids, check)
+    fused = _fused(impl, flat, weight, k=rows.ids.shape[-1])
+    if fused and reduction != "none" and _in_forward(rows, flat, weight):
+        terms_in_forward = linear_loss(flat, weight, bias, scale, vocabulary, rows, divisor)
+        if terms_in_forward is not None:
+            return _td_output(terms_in_forward, actions, lead, reduction, 1.0)
+    linear_rows = _linear_rows_of(impl, flat, weight, rows.ids.shape[-1])
+    terms = rows(*linear_rows(flat, weight, bias, rows.ids, scale, vocabulary))
+    return _td_output(terms, actions, lead, reduction, divisor)
+
+
+def _in_forward(rows: TDRows, hidden: Tensor, weight: Tensor) -> bool:
+    """Whether gradients can be made in forward: a chunk's loss must be a matter of its own rows
+    and their neighbours, and to look at these a GPU would have to wait for its host."""
+    return (
+        getattr(rows.objective, "rowwise", False)
+        and torch.is_grad_enabled()
+        and (hidden.requires_grad or weight.requires_grad)
+        and not torch.compiler.is_compiling()
+        and not (hidden.is_cuda and rows.bootstraps)
+    )
+
+
+def _capacity(given: int | None, ids: Tensor, extra: int, columns: int) -> int | None:
+    """Room for a batch vocabulary. On GPUs, where its true size costs a host sync, the bound on it
+    will do if that is small."""
+    if given is not None or not ids.is_cuda:
+        return given
+    bound = -(-(ids.numel() + extra + 1) // CAPACITY_STEP) * CAPACITY_STEP
+    return bound if bound <= columns // 4 else None
+
+
+def _holds(vocabulary: Vocabulary, ids: Tensor, check: bool) -> None:
+    """Refuses a vocabulary without some member; on GPUs on request, since it waits for them."""
+    if ids.is_cuda and not check:
+        return
+    missing = (ids >= 0) & ~torch.isin(ids, vocabulary.ids)
+    if bool(missing.any()):
+        raise ValueError(
+            "vocabulary: expected every member of the action sets, but id "
+            f"{int(ids[missing][0])} is not in it"
+        )
 
 
 def _linear_rows_of(
@@ -761,9 +851,7 @@ def _needs_normaliser(objective: ObjectiveLike, q: Level) -> bool:
     return q == "log_prob" or getattr(objective, "normalised", True)
 
 
-def _td_output(
-    z: Tensor,
-    log_rest: Tensor | None,
+def _td_rows(
     actions: ActionSet,
     tokens: Tensor,
     *,
@@ -772,72 +860,46 @@ def _td_output(
     gamma: float,
     successor: Tensor | None,
     ignore_index: int,
-    reduction: Reduction,
-    num_items_in_batch: Tensor | float | None,
     impl: Impl,
-) -> TDOutput:
-    """All that is ``[N, k]``: from the student's scaled logits on the sets, ``z``, to the loss."""
+) -> TDRows:
     _within("gamma", gamma, 0.0, 1.0)
-    _choice("reduction", reduction, ("mean", "sum", "none"))
     lead = tokens.shape
     if successor is None:
         successor = successors(tokens.reshape(lead or (1,)), ignore_index=ignore_index).view(lead)
     _successor(successor, lead, tokens)
-
-    taken = tokens.reshape(-1).long()
-    ids = actions.ids.reshape(taken.shape[0], actions.ids.shape[-1])
-    here = (ids == taken.unsqueeze(-1)) & (ids >= 0)
-    state = (taken != ignore_index) & here.any(-1)
-    # a successor that is no state has no value to offer
-    successor = successor.reshape(-1).long()
-    exists = state.new_ones(successor.shape)
-    if state.numel():
-        exists = (successor < 0) | state.gather(0, successor.clamp(min=0))
-    successor = torch.where(state & exists, successor, -2)
-
-    valid = (ids >= 0) & state.unsqueeze(-1)
-    value = torch.where(state, soft_value(z, impl=impl), 0.0)
-    log_mass = log_tail = None
-    if log_rest is not None:
-        log_z = torch.where(state, torch.logaddexp(value, log_rest), 0.0)
-        log_mass = value - log_z
-        log_tail = torch.where(state, log_rest - log_z, 0.0)
-        if q == "log_prob":
-            z = z - log_z.unsqueeze(-1)
-            value = log_mass
-    blank = ~state.unsqueeze(-1)
-    rows = Rows(
-        q=torch.where(blank, 0.0, z),
-        log_probs=torch.where(blank, 0.0, actions.log_probs.reshape(ids.shape).to(z.dtype)),
-        valid=valid,
-        slot=here.int().argmax(-1) * state,
-        value=value,
-        # at gamma = 0 an infinite V' is of no concern
-        next_value=next_value(value, successor if gamma else successor.clamp(max=-1)),
-        successor=successor,
-        state=state,
+    k = actions.ids.shape[-1]
+    return TDRows.of(
+        actions.ids.reshape(tokens.numel(), k),
+        actions.log_probs.reshape(tokens.numel(), k),
+        tokens.reshape(-1),
+        successor.reshape(-1),
+        ignore_index=ignore_index,
+        objective=objective,
+        log_prob=q == "log_prob",
         gamma=gamma,
-        log_mass=log_mass,
-        log_tail=log_tail,
+        soft_value=partial(soft_value, impl=impl),
     )
-    per_row = objective(rows)
-    if per_row.shape != value.shape:
-        raise ValueError(
-            f"objective: expected one loss a row {tuple(value.shape)}, got {tuple(per_row.shape)}"
-        )
-    counted = rows.bootstrapped if getattr(objective, "bootstraps", True) else state
-    per_row = torch.where(counted, per_row, 0.0)
 
-    q_taken = torch.where(state, rows.taken(rows.q), 0.0)
-    td_error = torch.where(rows.bootstrapped, q_taken - gamma * rows.next_value, 0.0)
-    if reduction == "none":
-        loss = per_row.view(lead)
-    else:
-        loss = per_row.sum()
-        if reduction == "mean":
-            items = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = loss / items
-    return TDOutput(loss, q_taken.view(lead), value.view(lead), td_error.view(lead), actions)
+
+def _divisor(
+    rows: TDRows, reduction: Reduction, num_items_in_batch: Tensor | float | None
+) -> Tensor | float:
+    _choice("reduction", reduction, ("mean", "sum", "none"))
+    if reduction != "mean":
+        return 1.0
+    return rows.counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+
+
+def _td_output(
+    terms: RowTerms,
+    actions: ActionSet,
+    lead: torch.Size,
+    reduction: Reduction,
+    divisor: Tensor | float,
+) -> TDOutput:
+    loss = terms.loss.view(lead) if reduction == "none" else terms.loss.sum() / divisor
+    q, value, td_error = (term.view(lead) for term in terms[1:])
+    return TDOutput(loss, q, value, td_error, actions)
 
 
 def _accumulated(x: Tensor) -> Tensor:

@@ -57,9 +57,10 @@ class Vocabulary(NamedTuple):
     """A weighted subset of the vocabulary, from which ``log Z`` is estimated."""
 
     ids: Tensor
-    """int32 ``[M]``, ascending, distinct."""
+    """int32 ``[M]``, ascending, distinct; -1 where padded, at the end."""
     log_weight: Tensor
-    """float32 ``[M]``: 0 for columns surely in, ``log((V - |U|) / m)`` for sampled ones."""
+    """float32 ``[M]``: 0 for columns surely in, -log of its chance to be in for a sampled one
+    (``log((V - |U|) / m)`` where all had the same); -inf where padded."""
 
 
 class TDOutput(NamedTuple):

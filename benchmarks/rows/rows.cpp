@@ -24,7 +24,7 @@ double run(const std::string& op, Isa isa, int64_t n, int64_t k, int64_t rows) {
     for (int j = 0; j < 20; ++j) from_float(15.0f, x[i * n + generator() % n]);
   }
   std::vector<int32_t> ids(k), count(1);
-  std::vector<float> values(k), grad_z(k, 0.5f);
+  std::vector<float> values(k), of_slots(k), grad_z(k, 0.5f);
   std::vector<Slot> slots;
   for (int32_t j = 0; j < k; ++j) slots.push_back({int32_t(generator() % n), j});
   std::sort(slots.begin(), slots.end());
@@ -47,7 +47,8 @@ double run(const std::string& op, Isa isa, int64_t n, int64_t k, int64_t rows) {
       student(row, nullptr, n, scale, slots, values.data(), &rest);
       checksum += rest;
     } else {
-      backward(row, nullptr, n, scale, slots, 15.0, grad_z.data(), 1.0f, grad.data());
+      backward(row, nullptr, n, scale, slots, 15.0, grad_z.data(), 1.0f, of_slots.data(),
+               grad.data());
       checksum += to_float(grad[i % n]);
     }
   }

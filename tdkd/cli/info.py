@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tdkd
-from tdkd.kernels import backends
+from tdkd.kernels import backends, routes
 
 EXTRAS = {
     "triton": "triton",
@@ -43,4 +43,6 @@ def run() -> None:
     table.add_row("ops", 'impl="reference" on every device')
     table.add_row("cpu kernels", backends.MISSING or backends.capability())
     table.add_row("gpu kernels", backends.GPU_MISSING or f"Triton, sets of {backends.GPU_MAX_K}")
+    for device in ("cpu", "cuda"):
+        table.add_row(f"linear_td_loss, {device}", routes.describe(device))
     Console().print(table)

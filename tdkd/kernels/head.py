@@ -9,8 +9,13 @@ from torch import Tensor
 
 from tdkd.kernels.linear_rows.reference import row_chunks
 
-CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}
-"""Logits that exist at a time: 32 MB on CPU, twice in backward; on GPUs enough to keep one busy."""
+CHUNK_ELEMENTS = {"cpu": 12 << 20, "cuda": 1 << 28}
+"""Logits that exist at a time: 48 MiB on CPU; on GPUs enough to keep one busy."""
+
+
+def chunk_rows(device: torch.device, columns: int) -> int:
+    """Rows of one chunk of logits."""
+    return max(1, CHUNK_ELEMENTS[device.type] // max(1, columns))
 
 
 def chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -18,21 +23,76 @@ def chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     return row_chunks(hidden.shape[0], weight.shape[0], CHUNK_ELEMENTS[hidden.device.type])
 
 
-def factor(weight: Tensor, hidden: Tensor) -> Tensor:
-    """A head as a product takes it: float32 where the factors differ in dtype, and on CPU, which
-    has no product of bfloat16 matrices with a float32 result."""
-    return weight if weight.is_cuda and weight.dtype == hidden.dtype else weight.float()
+class Head:
+    """A head as products take it, and the room for one chunk of logits, used again and again.
+
+    Products are float32, whatever the dtype of the factors and whatever autocast says. The factors
+    are float32 too where they differ in dtype, and on CPU, which has no product of bfloat16
+    matrices with a float32 result.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        keep = weight.is_cuda and weight.dtype == hidden.dtype
+        self.weight = weight if keep else weight.float()
+        self.bias = None if bias is None else bias.float()
+        self._room: Tensor | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``hidden @ weight.T + bias`` of one chunk; it overwrites the chunk before."""
+        hidden = hidden.to(self.weight.dtype)
+        if self.weight.dtype != torch.float32:
+            logits = product(hidden, self.weight.T)
+            return logits if self.bias is None else logits.add_(self.bias)
+        rows = hidden.shape[0]
+        if self._room is None or self._room.shape[0] < rows:
+            self._room = hidden.new_empty((rows, self.weight.shape[0]))
+        room = self._room[:rows]
+        with torch.autocast(hidden.device.type, enabled=False):
+            if self.bias is None:
+                return torch.mm(hidden, self.weight.T, out=room)
+            return torch.addmm(self.bias, hidden, self.weight.T, out=room)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in float32, whatever the dtype of the factors and whatever autocast says."""
+    """``a @ b`` in float32."""
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == torch.float32:
             return a @ b
         return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``hidden @ weight.T + bias`` in float32; ``weight`` is a :func:`factor`."""
-    logits = product(hidden.to(weight.dtype), weight.T)
-    return logits if bias is None else logits.add_(bias)
+class Gradients:
+    """Gradients of hidden states and head, added up in float32 from those of chunks of logits."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]
+    ) -> None:
+        """``wanted``: whether hidden, weight and bias need one; the others stay None."""
+        self.hidden = torch.empty_like(hidden) if wanted[0] else None
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        self.bias = None
+        if bias is not None and wanted[2]:
+            self.bias = torch.zeros_like(bias, dtype=torch.float32)
+
+    def add(self, grad: Tensor, rows: slice, hidden: Tensor, head: Head) -> None:
+        """Adds the part of ``rows``, whose logits have the gradient ``grad``."""
+        if self.bias is not None:
+            self.bias += grad.sum(0)
+        grad = grad.to(head.weight.dtype)
+        with torch.autocast(grad.device.type, enabled=False):
+            if self.hidden is not None:
+                self.hidden[rows] = product(grad, head.weight)
+            if self.weight is not None:
+                given = hidden[rows].to(grad.dtype)
+                if grad.dtype == torch.float32:
+                    self.weight.addmm_(grad.T, given)
+                else:
+                    self.weight += product(grad.T, given)
+
+    def result(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of hidden, weight and bias, in their dtypes."""
+        return (
+            self.hidden,
+            None if self.weight is None else self.weight.to(weight.dtype),
+            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
+        )

@@ -1,4 +1,4 @@
-"""batch_vocabulary: the definition in plain PyTorch."""
+"""batch_vocabulary: the definition in plain PyTorch, which every device runs."""
 
 import torch
 from torch import Tensor
@@ -7,19 +7,74 @@ from tdkd.types import Vocabulary
 
 
 def batch_vocabulary(
-    ids: Tensor, vocab_size: int, *, extra: int, generator: torch.Generator | None
+    ids: Tensor,
+    vocab_size: int,
+    *,
+    extra: int,
+    law: Tensor | None,
+    capacity: int | None,
+    generator: torch.Generator | None,
 ) -> Vocabulary:
-    """The union of all ids >= 0, and ``extra`` columns sampled uniformly from the rest."""
-    union = torch.zeros(vocab_size + 1, dtype=torch.bool, device=ids.device)
+    """The union of all ids >= 0, and ``extra`` of the other columns, with their weights.
+
+    With a capacity nothing waits for the device.
+    """
+    device = ids.device
+    union = torch.zeros(vocab_size + 1, dtype=torch.bool, device=device)
     union[torch.where(ids < 0, vocab_size, ids.long()).flatten()] = True
     union = union[:vocab_size]
-    rest = (~union).nonzero().squeeze(-1)
-    sampled = min(extra, rest.numel())
-    device = generator.device if generator is not None else ids.device
-    draw = torch.randperm(rest.numel(), generator=generator, device=device)[:sampled]
-    chosen = rest[draw.to(rest.device)]
-    weight = torch.zeros(vocab_size, device=ids.device)
-    if sampled:
-        weight[chosen] = torch.tensor(rest.numel() / sampled, dtype=torch.float64).log().float()
-    columns = union.index_fill(0, chosen, True).nonzero().squeeze(-1)
-    return Vocabulary(columns.to(torch.int32), weight[columns])
+    share = (~union).double()
+    if law is not None:
+        share = share * law.double()
+    chance = inclusion(share, extra)
+    chosen = systematic(chance, generator)
+    weight = torch.where(union, 0.0, -chance.clamp(min=torch.finfo(torch.float64).tiny).log())
+    held = union | chosen
+    if capacity is None:
+        columns = held.nonzero().squeeze(-1)
+        return Vocabulary(columns.to(torch.int32), weight[columns].float())
+
+    fits = held.sum() <= capacity
+    message = f"capacity: expected room for the union of all sets and the sample, got {capacity}"
+    if device.type == "cpu" and not torch.compiler.is_compiling() and not bool(fits):
+        raise ValueError(message)
+    torch._assert_async(fits, message)
+    place = torch.where(held, held.cumsum(0) - 1, capacity).clamp(max=capacity)
+    columns = torch.full((capacity + 1,), -1, dtype=torch.int32, device=device)
+    columns[place] = torch.arange(vocab_size, dtype=torch.int32, device=device)
+    log_weight = torch.full((capacity + 1,), -torch.inf, device=device)
+    log_weight[place] = weight.float()
+    # what is not held went to the last place, which is cut off
+    return Vocabulary(columns[:capacity], log_weight[:capacity])
+
+
+def inclusion(share: Tensor, count: int) -> Tensor:
+    """Chances in [0, 1], proportional to ``share`` below 1, that add up to ``count``.
+
+    Each round sets those above 1 to 1 and gives what is left to the others. Where rounds end
+    too early the sum falls short; the chances are what they say all the same.
+    """
+    chance = torch.zeros_like(share)
+    capped = torch.zeros_like(share, dtype=torch.bool)
+    for _ in range(8):
+        rest = torch.where(capped, 0.0, share)
+        left = count - capped.sum()
+        chance = torch.where(capped, 1.0, rest * (left / rest.sum().clamp(min=1e-300)))
+        capped = capped | (chance >= 1.0)
+    return chance.clamp(max=1.0)
+
+
+def systematic(chance: Tensor, generator: torch.Generator | None) -> Tensor:
+    """bool: each column with its own chance, as many as the chances add up to (within one).
+
+    Columns in random order lie end to end on a line, each as long as its chance; those that
+    contain one of the points u, u + 1, u + 2 ... are in.
+    """
+    source = generator.device if generator is not None else chance.device
+    order = torch.randperm(chance.numel(), generator=generator, device=source).to(chance.device)
+    start = torch.rand((), generator=generator, device=source, dtype=torch.float64)
+    line = torch.cat([start.to(chance.device).view(1), chance[order]]).cumsum(0)
+    chosen = torch.zeros_like(chance, dtype=torch.bool)
+    chosen[order] = line[1:].floor() > line[:-1].floor()
+    # whatever rounding does to the line
+    return (chosen & (chance > 0)) | (chance >= 1)

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from tdkd.kernels import head
 from tdkd.kernels.linear_rows.reference import on_vocabulary
+from tdkd.kernels.student_rows import student_rows_backward_
 from tdkd.types import Scale, StudentRows, Vocabulary
 
 
@@ -27,14 +28,7 @@ class _LinearRows(torch.autograd.Function):
         scale: Scale,
         log_weight: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        wide = head.factor(weight, hidden)
-        parts = []
-        for rows in head.chunks(hidden, weight):
-            logits = head.logits_of(hidden[rows], wide, bias)
-            parts.append(torch.ops.tdkd.student_rows(logits, ids[rows], *scale, log_weight, None))
-            del logits  # before the next ones are made
-        z, log_rest = (torch.cat(column) for column in zip(*parts, strict=True))
-        return z, log_rest
+        return rows_of(hidden, weight, bias, ids, scale, log_weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -45,37 +39,61 @@ class _LinearRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor, grad_rest: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, log_weight, log_rest = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        wide = head.factor(weight, hidden)
-        by_hidden = torch.empty_like(hidden) if wants_hidden else None
-        by_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        by_bias = torch.zeros_like(bias) if wants_bias else None
-        for rows in head.chunks(hidden, weight):
-            logits = head.logits_of(hidden[rows], wide, bias)
-            grad = torch.ops.tdkd.student_rows_backward(
-                grad_z[rows],
-                grad_rest[rows],
-                logits,
-                ids[rows],
-                log_rest[rows],
-                *ctx.scale,
-                log_weight,
-                None,
-            )
-            del logits
-            if by_bias is not None:
-                by_bias += grad.sum(0)
-            grad = grad.to(wide.dtype)
-            if by_hidden is not None:
-                by_hidden[rows] = head.product(grad, wide).to(hidden.dtype)
-            if by_weight is not None:
-                given = hidden[rows].to(wide.dtype)
-                if wide.dtype == torch.float32:
-                    by_weight.addmm_(grad.T, given)
-                else:
-                    by_weight += head.product(grad.T, given)
-        by_head = None if by_weight is None else by_weight.to(weight.dtype)
-        return by_hidden, by_head, by_bias, None, None, None
+        grads = rows_backward(
+            grad_z,
+            grad_rest,
+            hidden,
+            weight,
+            bias,
+            ids,
+            log_rest,
+            ctx.scale,
+            log_weight,
+            ctx.needs_input_grad[:3],
+        )
+        return *grads, None, None, None
+
+
+def rows_of(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    scale: Scale,
+    log_weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``z`` float32 ``[N, k]`` and ``log_rest`` float64 ``[N]``, without a graph."""
+    wide = head.Head(hidden, weight, bias)
+    parts = [
+        torch.ops.tdkd.student_rows(wide.logits(hidden[rows]), ids[rows], *scale, log_weight, None)
+        for rows in head.chunks(hidden, weight)
+    ]
+    z, log_rest = (torch.cat(column) for column in zip(*parts, strict=True))
+    return z, log_rest
+
+
+def rows_backward(
+    grad_z: Tensor,
+    grad_rest: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    log_rest: Tensor,
+    scale: Scale,
+    log_weight: Tensor | None,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight and bias, where wanted, from logits that are made again."""
+    wide = head.Head(hidden, weight, bias)
+    grads = head.Gradients(hidden, weight, bias, wanted)
+    for rows in head.chunks(hidden, weight):
+        logits = wide.logits(hidden[rows])
+        grad = student_rows_backward_(
+            grad_z[rows], grad_rest[rows], logits, ids[rows], log_rest[rows], scale, log_weight
+        )
+        grads.add(grad, rows, hidden, wide)
+    return grads.result(weight, bias)
 
 
 def linear_rows(
@@ -90,6 +108,5 @@ def linear_rows(
     log_weight = None
     if vocabulary is not None:
         weight, bias, ids, log_weight = on_vocabulary(vocabulary, weight, bias, ids)
-    bias = None if bias is None else bias.float()
     z, log_rest = _LinearRows.apply(hidden, weight, bias, ids, scale, log_weight)
     return StudentRows(z, log_rest.float())

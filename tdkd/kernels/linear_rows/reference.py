@@ -73,28 +73,21 @@ def on_vocabulary(
     vocabulary: Vocabulary, weight: Tensor, bias: Tensor | None, ids: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """The head of a vocabulary, where ids stand in it, and its log weights."""
-    columns = vocabulary.ids.long()
+    columns = vocabulary.ids.long().clamp(min=0)
     return (
         weight.index_select(0, columns),
         None if bias is None else bias.index_select(0, columns),
-        position_in(vocabulary, ids),
+        position_in(vocabulary, ids, weight.shape[0]),
         vocabulary.log_weight,
     )
 
 
-def position_in(vocabulary: Vocabulary, ids: Tensor) -> Tensor:
-    """int64: where each id stands in the vocabulary; -1 where padded."""
+def position_in(vocabulary: Vocabulary, ids: Tensor, size: int) -> Tensor:
+    """int64: where each id below ``size`` stands in the vocabulary; -1 where padded."""
     columns = vocabulary.ids.long()
-    wanted = ids.long()
-    if not columns.numel():
-        position = torch.zeros_like(wanted)
-        found = torch.zeros_like(wanted, dtype=torch.bool)
-    else:
-        position = torch.searchsorted(columns, wanted.clamp(min=0)).clamp(max=columns.numel() - 1)
-        found = columns[position] == wanted
-    if not bool((found | (wanted < 0)).all()):
-        missing = wanted[(wanted >= 0) & ~found].flatten()[0].item()
-        raise ValueError(
-            f"vocabulary: expected every member of the action sets, but id {missing} is not in it"
-        )
-    return torch.where(wanted < 0, -1, position)
+    place = torch.full((size + 1,), -1, dtype=torch.int64, device=ids.device)
+    place[torch.where(columns < 0, size, columns)] = torch.arange(
+        columns.numel(), device=ids.device
+    )
+    place[size] = -1
+    return place[torch.where(ids < 0, size, ids.long())]

@@ -19,11 +19,11 @@ def linear_select_actions(
     state: Tensor | None = None,
 ) -> ActionSet:
     """As in the reference; float32, bfloat16 or float16."""
-    hidden, wide = hidden.detach(), head.factor(weight.detach(), hidden)
-    bias = None if bias is None else bias.detach().float()
+    hidden, weight = hidden.detach(), weight.detach()
+    wide = head.Head(hidden, weight, None if bias is None else bias.detach())
     parts = [
         select_actions(
-            head.logits_of(hidden[rows], wide, bias),
+            wide.logits(hidden[rows]),
             k,
             top_p,
             scale,

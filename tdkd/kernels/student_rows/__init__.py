@@ -22,6 +22,10 @@ LIBRARY.define(
     "student_rows_backward(Tensor grad_z, Tensor grad_rest, Tensor logits, Tensor ids, "
     f"Tensor log_rest, {_OPTIONS}) -> Tensor"
 )
+LIBRARY.define(
+    "student_rows_backward_(Tensor grad_z, Tensor grad_rest, Tensor(a!) logits, Tensor ids, "
+    f"Tensor log_rest, {_OPTIONS}) -> ()"
+)
 fake(
     "student_rows",
     lambda logits, ids, *options: (
@@ -33,6 +37,7 @@ fake(
     "student_rows_backward",
     lambda grad_z, grad_rest, logits, ids, log_rest, *options: logits.new_empty(logits.shape),
 )
+fake("student_rows_backward_", lambda *arguments: None)
 on_gpu(__name__, "student_rows", "student_rows_backward")
 
 
@@ -73,3 +78,20 @@ def student_rows(
     """As in the reference; float32, bfloat16 or float16. Backward is no graph of its own."""
     z, log_rest = _StudentRows.apply(logits, ids, scale, log_weight, state)
     return StudentRows(z, log_rest.float())
+
+
+def student_rows_backward_(
+    grad_z: Tensor,
+    grad_rest: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    log_rest: Tensor,
+    scale: Scale,
+    log_weight: Tensor | None,
+) -> Tensor:
+    """The gradient of contiguous ``logits``; on CPU in their place."""
+    options = grad_z, grad_rest, logits, ids, log_rest, *scale, log_weight, None
+    if logits.is_cuda:
+        return torch.ops.tdkd.student_rows_backward(*options)
+    torch.ops.tdkd.student_rows_backward_(*options)
+    return logits

@@ -1,0 +1,166 @@
+"""A TD loss over the rows of a head whose gradients are made in forward, chunk by chunk.
+
+Backward of :func:`linear_rows` makes the logits of every chunk a second time: four products with
+the head. Here a chunk's logits become their gradient while they are there, and three products do;
+backward only multiplies by the gradient of the loss. It takes the loss itself, not its parts, and
+rows that know each other through their successors alone: a chunk needs ``log Z`` of the rows that
+are linked with its own, and the few that come in a later chunk are computed beforehand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tdkd.kernels import head
+from tdkd.kernels.linear_rows import rows_backward, rows_of
+from tdkd.kernels.linear_rows.reference import on_vocabulary
+from tdkd.kernels.student_rows import student_rows_backward_
+from tdkd.td_rows import RowTerms, TDRows
+from tdkd.types import Scale, Vocabulary
+
+MOST_LINKS = 1 / 16
+"""Share of the rows, computed beforehand, above which a fourth product is the better way."""
+
+
+def links(rows: TDRows, hidden: Tensor, columns: int) -> tuple[Tensor, Tensor] | None:
+    """Rows ``(from, to)`` of different chunks of which one is the other's successor.
+
+    None where they are so many that gradients in forward do not pay. A host sync where the
+    objective bootstraps.
+    """
+    nothing = torch.empty(0, dtype=torch.int64, device=hidden.device)
+    if not rows.bootstraps or not rows.gamma:
+        return nothing, nothing
+    step = head.chunk_rows(hidden.device, columns)
+    start = torch.arange(hidden.shape[0], device=hidden.device)
+    crossing = (rows.successor >= 0) & (rows.successor // step != start // step)
+    start = crossing.nonzero().squeeze(-1)
+    if start.numel() > MOST_LINKS * hidden.shape[0] + 1:
+        return None
+    return start, rows.successor[start]
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        scale: Scale,
+        log_weight: Tensor | None,
+        rows: TDRows,
+        linked: tuple[Tensor, Tensor],
+        divisor: Tensor | float,
+    ) -> tuple[Tensor, ...]:
+        wide = head.Head(hidden, weight, bias)
+        grads = head.Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+        count, step = hidden.shape[0], head.chunk_rows(hidden.device, weight.shape[0])
+        z = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
+        rest = torch.empty(count, dtype=torch.float64, device=hidden.device)
+        start, end = linked
+        if start.numel():
+            early = torch.maximum(start, end).unique()
+            options = scale, log_weight
+            z[early], rest[early] = rows_of(hidden[early], weight, bias, ids[early], *options)
+        for chunk in head.chunks(hidden, weight):
+            logits = wide.logits(hidden[chunk])
+            z[chunk], rest[chunk] = torch.ops.tdkd.student_rows(
+                logits, ids[chunk], *scale, log_weight, None
+            )
+            inside = torch.arange(chunk.start, chunk.stop, device=hidden.device)
+            index = inside
+            if start.numel():
+                number = chunk.start // step
+                others = torch.cat([start[end // step == number], end[start // step == number]])
+                index = torch.cat([inside, others.unique()])
+            grad_z, grad_rest = _gradients(rows, index, inside.numel(), z, rest, divisor)
+            grad = student_rows_backward_(
+                grad_z, grad_rest, logits, ids[chunk], rest[chunk], scale, log_weight
+            )
+            grads.add(grad, chunk, hidden, wide)
+        terms = rows(z, rest.float())
+        ctx.save_for_backward(hidden, weight, bias, ids, log_weight, z, rest)
+        ctx.made = grads.result(weight, bias)
+        ctx.rows, ctx.scale, ctx.divisor = rows, scale, divisor
+        ctx.set_materialize_grads(False)
+        return terms.loss.sum() / divisor, *terms[1:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_loss: Tensor | None, *by_terms: Tensor | None) -> tuple[Any, ...]:
+        hidden, weight, bias, ids, log_weight, z, rest = ctx.saved_tensors
+        made, ctx.made = ctx.made, None
+        if made is not None and by_loss is not None and all(x is None for x in by_terms):
+            grads = tuple(x if x is None else x.mul_(by_loss) for x in made)
+            return *grads, *[None] * 6
+        # a second backward, or one of q, value or td_error
+        given = zip((by_loss, *by_terms), range(4), strict=True)
+        with torch.enable_grad():
+            leaves = z.detach().requires_grad_(), rest.detach().requires_grad_()
+            terms = ctx.rows(leaves[0], leaves[1].float())
+            outputs = (terms.loss.sum() / ctx.divisor, *terms[1:])
+            wanted = [(outputs[i], grad) for grad, i in given if grad is not None]
+            of_z, of_rest = torch.autograd.grad(
+                [output for output, _ in wanted],
+                leaves,
+                [grad for _, grad in wanted],
+                materialize_grads=True,
+            )
+        grads = rows_backward(
+            of_z,
+            of_rest,
+            hidden,
+            weight,
+            bias,
+            ids,
+            rest,
+            ctx.scale,
+            log_weight,
+            ctx.needs_input_grad[:3],
+        )
+        return *grads, *[None] * 6
+
+
+def _gradients(
+    rows: TDRows, index: Tensor, inside: int, z: Tensor, rest: Tensor, divisor: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """What the loss wants of the first ``inside`` of the rows at ``index``; the others are their
+    predecessors, whose loss counts too, and their successors."""
+    part = rows.take(index)
+    mine = torch.arange(index.numel(), device=index.device) < inside
+    mine |= (part.successor >= 0) & (part.successor < inside)
+    with torch.enable_grad():
+        z, rest = z[index].requires_grad_(), rest[index].requires_grad_()
+        loss = torch.where(mine, part(z, rest.float()).loss, 0.0).sum() / divisor
+        by_z, by_rest = torch.autograd.grad(loss, (z, rest), materialize_grads=True)
+    return by_z[:inside], by_rest[:inside]
+
+
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Scale,
+    vocabulary: Vocabulary | None,
+    rows: TDRows,
+    divisor: Tensor | float,
+) -> RowTerms | None:
+    """The sum of the rows' losses over ``divisor``, and their other terms; differentiable.
+
+    None where gradients in forward do not pay: rows of many chunks are linked.
+    """
+    ids, log_weight = rows.ids, None
+    if vocabulary is not None:
+        weight, bias, ids, log_weight = on_vocabulary(vocabulary, weight, bias, ids)
+    linked = links(rows, hidden, weight.shape[0])
+    if linked is None:
+        return None
+    return RowTerms(
+        *_Loss.apply(hidden, weight, bias, ids, scale, log_weight, rows, linked, divisor)
+    )

@@ -1,0 +1,141 @@
+"""From the student's values on the action sets to a TD loss: all that is ``[N, k]``.
+
+Nothing of vocabulary size reaches this far; it is ordinary PyTorch under autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tdkd.kernels.td_target.reference import next_value
+from tdkd.objectives import ObjectiveLike
+from tdkd.types import Rows
+
+
+class RowTerms(NamedTuple):
+    """What each of N rows gives, ``[N]``; 0 where it does not count."""
+
+    loss: Tensor
+    q: Tensor
+    value: Tensor
+    td_error: Tensor
+
+
+@dataclass(frozen=True)
+class TDRows:
+    """N rows with all that a TD loss needs but the student's values; :meth:`of` makes them."""
+
+    ids: Tensor
+    """``[N, k]``: the action sets; negative where padded."""
+    log_probs: Tensor
+    """``[N, k]``: the teacher's."""
+    slot: Tensor
+    """int64 ``[N]``: slot of the taken token."""
+    state: Tensor
+    """bool ``[N]``: a taken token that is in its set."""
+    successor: Tensor
+    """int64 ``[N]``: of states, among states; -1 terminal, -2 unknown."""
+    objective: ObjectiveLike
+    log_prob: bool
+    """whether Q is the log-probability, not the logit."""
+    gamma: float
+    soft_value: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        ids: Tensor,
+        log_probs: Tensor,
+        tokens: Tensor,
+        successor: Tensor,
+        *,
+        ignore_index: int,
+        objective: ObjectiveLike,
+        log_prob: bool,
+        gamma: float,
+        soft_value: Callable[[Tensor], Tensor],
+    ) -> TDRows:
+        """Of flat ids ``[N, k]``, tokens and successors ``[N]``."""
+        taken = tokens.long()
+        here = (ids == taken.unsqueeze(-1)) & (ids >= 0)
+        state = (taken != ignore_index) & here.any(-1)
+        # a successor that is no state has no value to offer
+        successor = successor.long()
+        exists = state.new_ones(successor.shape)
+        if state.numel():
+            exists = (successor < 0) | state.gather(0, successor.clamp(min=0))
+        successor = torch.where(state & exists, successor, -2)
+        slot = here.int().argmax(-1) * state
+        return cls(ids, log_probs, slot, state, successor, objective, log_prob, gamma, soft_value)
+
+    @property
+    def bootstraps(self) -> bool:
+        """Whether the objective reads V' of the successor."""
+        return getattr(self.objective, "bootstraps", True)
+
+    @property
+    def counted(self) -> Tensor:
+        """bool ``[N]``: rows that the loss counts."""
+        known = self.successor != -2 if self.gamma else self.state
+        return self.state & known if self.bootstraps else self.state
+
+    def take(self, index: Tensor) -> TDRows:
+        """The rows at ``index [n]``, distinct; a successor that is not among them is unknown."""
+        place = torch.full_like(self.successor, -2)
+        place[index] = torch.arange(index.numel(), device=index.device)
+        successor = self.successor[index]
+        successor = torch.where(successor < 0, successor, place[successor.clamp(min=0)])
+        return replace(
+            self,
+            ids=self.ids[index],
+            log_probs=self.log_probs[index],
+            slot=self.slot[index],
+            state=self.state[index],
+            successor=successor,
+        )
+
+    def __call__(self, z: Tensor, log_rest: Tensor | None) -> RowTerms:
+        """The terms of each row, from the student's scaled logits on the sets ``z [N, k]`` and the
+        log of the mass outside ``[N]`` (None where nothing needs it)."""
+        state = self.state
+        valid = (self.ids >= 0) & state.unsqueeze(-1)
+        value = torch.where(state, self.soft_value(z), 0.0)
+        log_mass = log_tail = None
+        if log_rest is not None:
+            log_z = torch.where(state, torch.logaddexp(value, log_rest), 0.0)
+            log_mass = value - log_z
+            log_tail = torch.where(state, log_rest - log_z, 0.0)
+            if self.log_prob:
+                z = z - log_z.unsqueeze(-1)
+                value = log_mass
+        blank = ~state.unsqueeze(-1)
+        # at gamma = 0 an infinite V' is of no concern
+        reached = self.successor if self.gamma else self.successor.clamp(max=-1)
+        rows = Rows(
+            q=torch.where(blank, 0.0, z),
+            log_probs=torch.where(blank, 0.0, self.log_probs.to(z.dtype)),
+            valid=valid,
+            slot=self.slot,
+            value=value,
+            next_value=next_value(value, reached),
+            successor=self.successor,
+            state=state,
+            gamma=self.gamma,
+            log_mass=log_mass,
+            log_tail=log_tail,
+        )
+        per_row = self.objective(rows)
+        if per_row.shape != value.shape:
+            raise ValueError(
+                f"objective: expected one loss a row {tuple(value.shape)}, got "
+                f"{tuple(per_row.shape)}"
+            )
+        per_row = torch.where(self.counted, per_row, 0.0)
+        q_taken = torch.where(state, rows.taken(rows.q), 0.0)
+        td_error = torch.where(rows.bootstrapped, q_taken - self.gamma * rows.next_value, 0.0)
+        return RowTerms(per_row, q_taken, value, td_error)
