@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,15 @@ from tdkd.errors import UserError
 from tdkd.kernels.gather_q.reference import scaled
 from tdkd.types import Scale
 
+logger = logging.getLogger("tdkd")
+
 # what transformers raises on a directory that it cannot make sense of
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError)
+
+# what configs call the numbers of a head
+LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class Head(NamedTuple):
@@ -37,7 +45,9 @@ class Head(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``(..., V)`` in float32 or better, for callers who can hold them."""
-        product = nn.functional.linear(hidden, self.weight, self.bias)
+        dtype = torch.promote_types(hidden.dtype, self.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        product = nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), bias)
         return scaled(product, Scale(1.0, self.softcap, self.logit_scale))
 
 
@@ -126,27 +136,110 @@ def load_tokenizer(
 
 
 def lm_head(model: PreTrainedModel) -> Head:
-    """The head of a causal language model, with what its config does to the logits."""
+    """The head of a causal language model, with what its config does to the logits.
+
+    A LoRA adapter on the head is in the weight, differentiably: ``base + scaling * B @ A``.
+
+    Raises:
+        UserError: the head has an adapter that is no such sum, or dropout in a trainable one.
+    """
     output = model.get_output_embeddings()
     config = model.config.get_text_config()
-    scale = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            scale = float(getattr(config, name))
-            break
-    else:
-        if getattr(config, "logits_scaling", None) is not None:
-            # Granite and MiniCPM divide by it, HyperCLOVA X multiplies
-            scale = float(config.logits_scaling)
-            scale = scale if config.model_type == "hyperclovax" else 1.0 / scale
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(output.weight, getattr(output, "bias", None), softcap, scale)
+    named = _first_of(config, LOGIT_SCALES)
+    # MPT has the field and its forward no use for it
+    scale = 1.0 if named is None or config.model_type == "mpt" else float(named)
+    divisor = _first_of(config, LOGIT_DIVISORS) if named is None else None
+    if divisor is not None:
+        # HyperCLOVA X multiplies by what Granite and MiniCPM divide by
+        scale = float(divisor) if config.model_type == "hyperclovax" else 1.0 / divisor
+    bias = getattr(output, "bias", None)
+    return Head(_weight(output), bias, _first_of(config, SOFTCAPS), scale)
+
+
+def _first_of(config: Any, names: tuple[str, ...]) -> Any:
+    return next((v for name in names if (v := getattr(config, name, None)) is not None), None)
+
+
+def _weight(output: Any) -> Tensor:
+    """The weight of an output layer, with the product of its LoRA adapters in it."""
+    if not hasattr(output, "base_layer"):
+        return output.weight
+    from peft.tuners import lora
+
+    if isinstance(output, lora.Linear):
+        if output.disable_adapters and output.merged:
+            output.unmerge()  # as its forward does
+        weight = output.base_layer.weight
+        if output.disable_adapters or output.merged:
+            return weight
+        adapters = [name for name in output.active_adapters if name in output.lora_A]
+        plain = [
+            name not in output.lora_variant
+            and not output.lora_bias[name]
+            and not (
+                getattr(output.lora_dropout[name], "p", 0)
+                and output.lora_A[name].weight.requires_grad
+            )
+            for name in adapters
+        ]
+        if all(plain):
+            # a sum in the better dtype of the two: bfloat16 would round small updates away
+            return sum((output.get_delta_weight(name) for name in adapters), weight)
+    raise UserError(
+        "lm_head: expected no adapter on the head but plain LoRA without lora_dropout, got "
+        f"{type(output).__name__}; take it out of target_modules or train it whole in "
+        "modules_to_save"
+    )
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """A causal model's body, without its head; PEFT wrappers are fine."""
+    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    # the text half of Llama 4 has none of the name that its family gives to bodies
+    return getattr(causal, "model", causal) if causal.base_model is causal else causal.base_model
 
 
 def last_hidden_state(model: nn.Module, **inputs: Any) -> Tensor:
     """``(B, T, H)``: what the head would see, without running the head. PEFT wrappers are fine."""
-    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return causal.base_model(**inputs, use_cache=False).last_hidden_state
+    return backbone(model)(**inputs, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, argument: str = "model") -> None:
+    """Refuses a model whose own logits are not those of its head as we read it.
+
+    Four tokens go through it, twice. A model that cannot run on them alone is not judged.
+
+    Raises:
+        UserError: they differ by more than rounding.
+    """
+    training = [module for module in model.modules() if module.training]
+    ids = torch.arange(4, device=model.device).unsqueeze(0)
+    try:
+        model.eval()
+        try:
+            logits = model(input_ids=ids).logits.float()
+        except Exception as error:
+            logger.warning("%s: head not checked, %s", argument, _first_line(error))
+            return
+        try:
+            hidden = last_hidden_state(model, input_ids=ids)
+            read = lm_head(model).logits(hidden).to(logits.device)
+            # the model rounds scaled and capped logits to its dtype, and Head.logits does not
+            rounding = max(1e-3, 8 * torch.finfo(hidden.dtype).eps)
+            same = read.shape == logits.shape and bool(
+                (read - logits).abs().max() <= rounding * logits.abs().max()
+            )
+        except (AttributeError, RuntimeError, TypeError):
+            same = False
+    finally:
+        for module in training:
+            module.training = True
+    if not same:
+        raise UserError(
+            f"{argument}: expected logits that are softcap(logit_scale * (hidden @ weight.T + "
+            f"bias)), got other ones from {model.config.model_type}"
+        )
 
 
 def prune_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:

@@ -33,6 +33,11 @@ class Objective:
     normalised: bool = False
     rowwise: bool = False
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it reads V' at all; the rows of a sum may count without it."""
+        return self.bootstraps
+
     def __call__(self, rows: Rows) -> Tensor:
         """One loss a row, ``[N]``; entries of rows that are no states are ignored."""
         raise NotImplementedError
@@ -62,6 +67,10 @@ class Weighted(Objective):
         self.bootstraps = all(objective.bootstraps for _, objective in terms)
         self.normalised = any(objective.normalised for _, objective in terms)
         self.rowwise = all(objective.rowwise for _, objective in terms)
+
+    @property
+    def looks_ahead(self) -> bool:
+        return any(objective.looks_ahead for _, objective in self.terms)
 
     def __call__(self, rows: Rows) -> Tensor:
         total = torch.zeros_like(rows.value)

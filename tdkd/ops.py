@@ -39,15 +39,17 @@ from tdkd.kernels.student_rows import reference as _student_rows_reference
 from tdkd.kernels.td_target import reference as _td_target_reference
 from tdkd.objectives import IQLearn, ObjectiveLike
 from tdkd.td_rows import RowTerms, TDRows
-from tdkd.types import ActionSet, Scale, StudentRows, TDOutput, Vocabulary
+from tdkd.types import ActionSet, LogProbs, Scale, StudentRows, TDOutput, Vocabulary
 
 __all__ = [
     "ActionSet",
+    "LogProbs",
     "TDOutput",
     "Vocabulary",
     "batch_vocabulary",
     "gather_q",
     "linear_gather_q",
+    "linear_log_probs",
     "linear_logsumexp",
     "linear_select_actions",
     "linear_td_loss",
@@ -557,6 +559,66 @@ def linear_logsumexp(
     return rows.log_rest.view(lead)
 
 
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    vocabulary: Vocabulary | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    check: bool = False,
+    impl: Impl = "auto",
+) -> LogProbs:
+    """Full-vocabulary log-probabilities at ``ids``, and of everything else together.
+
+    What a top-k KL and its tail bucket need, as ``linear_gather_q - linear_logsumexp`` would give
+    it, but from one pass over the head forward, and one backward whose gradient is
+    ``softmax - target``, logits being computed again. Nothing of size ``[N, V]`` exists.
+    Differentiable in ``hidden``, ``weight`` and ``bias``. The tail is no difference from 1, so
+    it is exact where the ids hold nearly all.
+
+    Args:
+        hidden: last hidden states ``(..., H)``.
+        weight: head ``(V, H)``.
+        ids: token ids ``(..., k)``, int32 or int64; negative ids pad.
+        vocabulary: as in :func:`linear_logsumexp`; must hold every id.
+        bias: head bias ``(V,)``.
+        temperature: divides the logits, > 0.
+        softcap: as in :func:`select_actions`.
+        logit_scale: as in :func:`select_actions`.
+        vocab_size: columns at and above it are padding and do not exist.
+        check: refuse ids >= V, at the price of a host sync.
+        impl: "auto", "reference" or "fused" (raises where no kernel exists).
+    Returns:
+        ``LogProbs(log_probs float32 (..., k), log_tail float32 (...))``, nats; -inf where padded.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument is out of range, or shapes do not fit.
+
+    >>> given = linear_log_probs(torch.zeros(1, 4), torch.ones(10, 4), torch.tensor([[3, 7]]))
+    >>> given.log_probs.exp(), given.log_tail.exp()
+    (tensor([[0.1000, 0.1000]]), tensor([0.8000]))
+    """
+    weight, bias = _head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
+    scale = _scale("", temperature, softcap, logit_scale)
+    lead = hidden.shape[:-1]
+    _set_ids("ids", ids, lead, hidden)
+    if check:
+        _ids_below("ids", ids, weight.shape[0])
+    k = ids.shape[-1]
+    flat, ids_of = hidden.reshape(lead.numel(), hidden.shape[-1]), ids.reshape(lead.numel(), k)
+    if vocabulary is not None:
+        _holds(vocabulary, ids_of, check)
+    linear_rows = _linear_rows_of(impl, hidden, weight, k)
+    z, log_rest = linear_rows(flat, weight, bias, ids_of, scale, vocabulary)
+    log_z = torch.logaddexp(soft_value(z, impl=impl), log_rest)
+    return LogProbs((z - log_z.unsqueeze(-1)).view(ids.shape), (log_rest - log_z).view(lead))
+
+
 def batch_vocabulary(
     actions: ActionSet,
     vocab_size: int,
@@ -809,7 +871,7 @@ def _in_forward(rows: TDRows, hidden: Tensor, weight: Tensor) -> bool:
         and torch.is_grad_enabled()
         and (hidden.requires_grad or weight.requires_grad)
         and not torch.compiler.is_compiling()
-        and not (hidden.is_cuda and rows.bootstraps)
+        and not (hidden.is_cuda and rows.looks_ahead)
     )
 
 

@@ -74,15 +74,16 @@ class TDRows:
         return cls(ids, log_probs, slot, state, successor, objective, log_prob, gamma, soft_value)
 
     @property
-    def bootstraps(self) -> bool:
-        """Whether the objective reads V' of the successor."""
-        return getattr(self.objective, "bootstraps", True)
+    def looks_ahead(self) -> bool:
+        """Whether the loss of a row depends on its successor."""
+        return bool(self.gamma) and getattr(self.objective, "looks_ahead", True)
 
     @property
     def counted(self) -> Tensor:
         """bool ``[N]``: rows that the loss counts."""
         known = self.successor != -2 if self.gamma else self.state
-        return self.state & known if self.bootstraps else self.state
+        bootstraps = getattr(self.objective, "bootstraps", True)
+        return self.state & known if bootstraps else self.state
 
     def take(self, index: Tensor) -> TDRows:
         """The rows at ``index [n]``, distinct; a successor that is not among them is unknown."""

@@ -10,17 +10,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
 from tdkd import ops
 from tdkd.errors import UserError
+from tdkd.lm_loss import lm_cross_entropy
 from tdkd.models import (
     Head,
+    backbone,
+    check_head,
     eos_token_ids,
     last_hidden_state,
     lm_head,
@@ -30,9 +32,6 @@ from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn, Objective, Objecti
 
 Imitation = Literal["forward_kl", "reverse_kl", "cross_entropy", "none"]
 IMITATION = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL, "cross_entropy": CrossEntropy}
-
-# Rows of logits that the LM loss holds at a time.
-LM_ROWS = 256
 
 
 @dataclass
@@ -45,6 +44,8 @@ class TDConfig(SFTConfig):
     supervised warm start and needs no teacher.
 
     On a machine without an accelerator ``bf16`` defaults to False (TRL's default is True).
+    ``torch_compile`` compiles the bodies of student and teacher; heads and losses have kernels of
+    their own.
     """
 
     teacher_model_name_or_path: str | None = field(
@@ -167,6 +168,9 @@ class TDConfig(SFTConfig):
 class TDTrainer(SFTTrainer):
     """:class:`trl.SFTTrainer` whose loss is TD distillation.
 
+    LoRA may sit on the head too, but TRL refuses it there in a ``PeftModel``: put it in with
+    ``model.add_adapter(LoraConfig(...))`` and leave out ``peft_config``.
+
     Args:
         model: the student, or its directory.
         teacher_model: the teacher, or its directory; None takes the one that ``args`` name.
@@ -175,7 +179,8 @@ class TDTrainer(SFTTrainer):
             the one that ``args`` describe.
         trainer: what ``SFTTrainer`` takes (``train_dataset``, ``processing_class``, ...).
     Raises:
-        UserError: there is no teacher although the objective needs one, or vocabularies differ.
+        UserError: there is no teacher although the objective needs one, vocabularies differ, or a
+            model does something to its logits that the ops do not know.
     """
 
     _tag_names = ["trl", "tdkd"]
@@ -195,7 +200,12 @@ class TDTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self.objective = args.objective() if objective is None else objective
         self._redirect = _ForwardRedirection()
-        student = self.accelerator.unwrap_model(self.model)
+        student = self._unwrapped(self.model)
+        # weights that are sharded from the start cannot run without their wrapper
+        self._whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if self._whole:
+            check_head(student)
+        self._compile(student)
         self._eos = eos_token_ids(student, self._tokenizer)
         self.teacher: nn.Module | None = None
         if self.objective is not None:
@@ -213,7 +223,10 @@ class TDTrainer(SFTTrainer):
         teacher: PreTrainedModel = given
         if isinstance(given, str):
             teacher = load_model(
-                given, dtype=student.weight.dtype, argument="teacher_model_name_or_path"
+                given,
+                dtype=student.weight.dtype,
+                device=self.accelerator.device if self._whole else "cpu",
+                argument="teacher_model_name_or_path",
             )
         sizes = student.weight.shape[0], lm_head(teacher).weight.shape[0]
         if sizes[0] != sizes[1] and args.vocab_size is None:
@@ -221,6 +234,9 @@ class TDTrainer(SFTTrainer):
                 f"teacher_model: expected the student's vocabulary of {sizes[0]}, got {sizes[1]}; "
                 "where they differ by padding alone, set vocab_size"
             )
+        if self._whole:
+            check_head(teacher, "teacher_model")
+        self._compile(teacher)
         teacher.requires_grad_(False)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True).eval()
 
@@ -237,10 +253,16 @@ class TDTrainer(SFTTrainer):
                 "return_outputs: expected False, since no logits exist here; set "
                 "prediction_loss_only=True for evaluation"
             )
-        student = self.accelerator.unwrap_model(model)
-        # through the wrapper's forward, so that DDP reduces the gradients of what runs inside
+        student = self._unwrapped(model)
+        # through the wrapper's forward, so that DDP reduces the gradients of what runs inside; not
+        # through a compiled one, which would trace the losses (the body is compiled by itself)
         loss, metrics = self._redirect(
-            model, student, self._loss, student, inputs, num_items_in_batch
+            getattr(model, "_orig_mod", model),
+            student,
+            self._loss,
+            student,
+            inputs,
+            num_items_in_batch,
         )
         recorded = self._metrics["train" if self.model.training else "eval"]
         for name, value in metrics.items():
@@ -293,35 +315,60 @@ class TDTrainer(SFTTrainer):
             assert self.teacher is not None
             with torch.no_grad():
                 teacher_hidden = rows(self.teacher)
-            teacher = lm_head(self.accelerator.unwrap_model(self.teacher))
-            out = ops.linear_td_loss(
-                hidden,
-                head.weight,
-                taken,
-                teacher_hidden=teacher_hidden,
-                teacher_weight=teacher.weight,
-                objective=self.objective,
-                q=args.q_level,  # type: ignore[arg-type]
-                normaliser=args.normaliser,  # type: ignore[arg-type]
-                extra=args.batch_vocabulary_extra,
-                k=args.action_top_k,
-                top_p=args.action_top_p,
-                gamma=args.gamma,
-                successor=successor,
-                temperature=args.student_temperature,
-                teacher_temperature=args.teacher_temperature,
-                bias=head.bias,
-                softcap=head.softcap,
-                logit_scale=head.logit_scale,
-                teacher_bias=teacher.bias,
-                teacher_softcap=teacher.softcap,
-                teacher_logit_scale=teacher.logit_scale,
-                vocab_size=args.vocab_size,
-                num_items_in_batch=num_items_in_batch,
+            teacher = lm_head(self._unwrapped(self.teacher))
+            out = self._td_loss(
+                hidden, head, teacher_hidden, teacher, taken, successor, num_items_in_batch
             )
             loss = loss + out.loss
             metrics.update(diagnostics(out, successor, args.q_level))
         return loss, metrics
+
+    def _td_loss(
+        self,
+        hidden: Tensor,
+        head: Head,
+        teacher_hidden: Tensor,
+        teacher: Head,
+        tokens: Tensor,
+        successor: Tensor,
+        num_items_in_batch: Tensor | int | None,
+    ) -> ops.TDOutput:
+        """The objective on the response rows ``[N]``, from ``[N, H]`` hidden states and heads."""
+        args: TDConfig = self.args
+        return ops.linear_td_loss(
+            hidden,
+            head.weight,
+            tokens,
+            teacher_hidden=teacher_hidden,
+            teacher_weight=teacher.weight,
+            objective=self.objective,
+            q=args.q_level,  # type: ignore[arg-type]
+            normaliser=args.normaliser,  # type: ignore[arg-type]
+            extra=args.batch_vocabulary_extra,
+            k=args.action_top_k,
+            top_p=args.action_top_p,
+            gamma=args.gamma,
+            successor=successor,
+            temperature=args.student_temperature,
+            teacher_temperature=args.teacher_temperature,
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            teacher_bias=teacher.bias,
+            teacher_softcap=teacher.softcap,
+            teacher_logit_scale=teacher.logit_scale,
+            vocab_size=args.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+        )
+
+    def _compile(self, model: nn.Module) -> None:
+        """Compiles the body in place; accelerate compiles a wrapper, which would run the head."""
+        plugin = self.accelerator.state.dynamo_plugin
+        if plugin.backend != DynamoBackend.NO:
+            backbone(model).compile(**plugin.to_kwargs())
+
+    def _unwrapped(self, model: nn.Module) -> nn.Module:
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL averages what the steps recorded; here it leaves the device, once a log."""
@@ -352,37 +399,6 @@ def response_rows(tokens: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:
     if not keep.numel():
         return keep, successor
     return keep, torch.where(successor >= 0, rank[successor.clamp(min=0)], successor)
-
-
-def lm_cross_entropy(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
-    """Summed ``F.cross_entropy`` of the head's logits, ``LM_ROWS`` rows of them at a time."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    # cast once, so that the chunks' head gradients add up in float32
-    weight = head.weight.to(dtype)
-    bias = None if head.bias is None else head.bias.to(dtype)
-
-    def part(hidden: Tensor, tokens: Tensor) -> Tensor:
-        # torch's own chunks (LinearCrossEntropyOptions) took 7 s where this takes 1.3: 512 rows,
-        # V = 49,152, 2 CPU cores, torch 2.13
-        if hasattr(F, "linear_cross_entropy") and head.softcap is None:
-            scaled = hidden.to(dtype) * head.logit_scale
-            scaled_bias = None if bias is None else bias * head.logit_scale
-            return F.linear_cross_entropy(
-                scaled, weight, tokens, linear_bias=scaled_bias, reduction="sum"
-            )
-        options: dict[str, Any] = {
-            "bias": bias,
-            "softcap": head.softcap,
-            "logit_scale": head.logit_scale,
-        }
-        q = ops.linear_gather_q(hidden, weight, tokens.unsqueeze(-1), **options)
-        return (ops.linear_logsumexp(hidden, weight, **options) - q.squeeze(-1)).sum()
-
-    parts = [
-        checkpoint(part, rows, taken, use_reentrant=False)
-        for rows, taken in zip(hidden.split(LM_ROWS), tokens.split(LM_ROWS), strict=True)
-    ]
-    return torch.stack(parts).sum()
 
 
 def diagnostics(out: ops.TDOutput, successor: Tensor, q_level: str) -> dict[str, Tensor]:

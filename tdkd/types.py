@@ -53,6 +53,15 @@ class StudentRows(NamedTuple):
     """float32 ``[...]``: logsumexp of the scaled logits at every column but the ids."""
 
 
+class LogProbs(NamedTuple):
+    """A distribution over the vocabulary, as its values on a set and the mass of the rest."""
+
+    log_probs: Tensor
+    """float32 ``[..., k]``: full-vocabulary log-probabilities, nats; -inf where padded."""
+    log_tail: Tensor
+    """float32 ``[...]``: log of the mass outside the set."""
+
+
 class Vocabulary(NamedTuple):
     """A weighted subset of the vocabulary, from which ``log Z`` is estimated."""
 

@@ -6,8 +6,18 @@ import shutil
 import pytest
 import torch
 
+import tdkd.models
 from tdkd.errors import UserError
-from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer, prune_layers
+from tdkd.models import (
+    Head,
+    backbone,
+    check_head,
+    last_hidden_state,
+    lm_head,
+    load_model,
+    load_tokenizer,
+    prune_layers,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -158,6 +168,7 @@ def test_the_head_on_the_hidden_state_gives_the_logits(kind, options):
         ("output_multiplier", 3.0, 3.0),
         ("lm_head_multiplier", 0.5, 0.5),
         ("logits_scaling", 4.0, 0.25),
+        ("logits_mup_width_multiplier", 4.0, 0.25),
         ("logit_scale", 0.0, 0.0),
         ("logit_scale", None, 1.0),
     ],
@@ -166,6 +177,61 @@ def test_every_name_of_a_logit_scale(name, value, scale):
     model = small("llama")
     setattr(model.config, name, value)
     assert lm_head(model).logit_scale == scale
+
+
+@pytest.mark.parametrize(
+    "name", ["final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"]
+)
+def test_every_name_of_a_softcap(name):
+    model = small("llama")
+    assert lm_head(model).softcap is None
+    setattr(model.config, name, 30.0)
+    assert lm_head(model).softcap == 30.0
+
+
+@pytest.mark.parametrize("scale", ["inv_sqrt_d_model", 2.0])
+def test_mpt_does_nothing_with_its_logit_scale(scale):
+    shape = {"d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 50, "max_seq_len": 32}
+    model = transformers.MptForCausalLM(transformers.MptConfig(**shape, logit_scale=scale))
+    assert lm_head(model).logit_scale == 1.0
+    check_head(model)
+
+
+def test_a_body_of_another_name_is_found():
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    wide = {"intermediate_size": 32, "intermediate_size_mlp": 32, "num_local_experts": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    made = transformers.Llama4TextConfig(**shape, **wide, **heads)
+    model = transformers.Llama4ForCausalLM(made).eval()
+    assert backbone(model) is model.model
+    check_head(model)
+
+
+@pytest.mark.parametrize("wrong", ["softcap", "logit_scale", "bias", "weight"])
+def test_every_misread_number_of_a_head_is_found(monkeypatch, wrong):
+    model = small("gemma2", final_logit_softcapping=0.5)
+    check_head(model)
+    head = lm_head(model)
+    misread = {
+        "softcap": None,
+        "logit_scale": 1.1,
+        "bias": torch.full((50,), 0.1),
+        "weight": head.weight.flip(0),
+    }
+    monkeypatch.setattr(tdkd.models, "lm_head", lambda _: head._replace(**{wrong: misread[wrong]}))
+    with torch.no_grad():
+        # logits at which the softcap bends
+        model.model.norm.weight.fill_(20.0)
+    with pytest.raises(UserError, match="^model: expected logits that are .* from gemma2$"):
+        check_head(model)
+
+
+def test_a_head_that_is_wider_than_the_hidden_states_counts_in_its_own_dtype():
+    """Hidden states of autocast, and a head with float32 adapters."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 4, generator=generator).bfloat16()
+    head = Head(torch.randn(7, 4, generator=generator), torch.ones(7).bfloat16(), None, 1.0)
+    torch.testing.assert_close(head.logits(hidden), hidden.float() @ head.weight.T + 1)
 
 
 def test_hyperclovax_multiplies_by_logits_scaling():

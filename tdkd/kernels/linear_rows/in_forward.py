@@ -30,10 +30,10 @@ def links(rows: TDRows, hidden: Tensor, columns: int) -> tuple[Tensor, Tensor] |
     """Rows ``(from, to)`` of different chunks of which one is the other's successor.
 
     None where they are so many that gradients in forward do not pay. A host sync where the
-    objective bootstraps.
+    objective looks ahead.
     """
     nothing = torch.empty(0, dtype=torch.int64, device=hidden.device)
-    if not rows.bootstraps or not rows.gamma:
+    if not rows.looks_ahead:
         return nothing, nothing
     step = head.chunk_rows(hidden.device, columns)
     start = torch.arange(hidden.shape[0], device=hidden.device)

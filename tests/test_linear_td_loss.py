@@ -1,0 +1,359 @@
+"""linear_td_loss on its routes: gradients in forward, the batch vocabulary, the choice."""
+
+import math
+
+import pytest
+import torch
+
+from tdkd import ops
+from tdkd.kernels import head, routes
+from tdkd.kernels.linear_rows import in_forward
+from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn, ReverseKL
+
+ROWS, VOCAB, WIDTH, K = 23, 90, 12, 6
+OBJECTIVES = [
+    ForwardKL(tail=True) + 0.1 * IQLearn(alpha=1.0, stop_gradient="next"),
+    IQLearn(alpha=1.0, expectation="teacher"),
+    ReverseKL(tail=True),
+    CrossEntropy(tail=True) + IQLearn("identity"),
+]
+
+
+@pytest.fixture(autouse=True)
+def four_rows_a_chunk(monkeypatch):
+    monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", 4 * VOCAB)
+    monkeypatch.setattr(in_forward, "MOST_LINKS", 0.3)  # chunks are shorter than any in earnest
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """How many rows of logits were made."""
+    made = []
+    logits = head.Head.logits
+
+    def counted(self, hidden):
+        made.append(hidden.shape[0])
+        return logits(self, hidden)
+
+    monkeypatch.setattr(head.Head, "logits", counted)
+    return made
+
+
+def make(dtype=torch.float32, bias=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    hidden, weight = normal(ROWS, WIDTH), normal(VOCAB, WIDTH)
+    tokens = torch.randint(VOCAB, (ROWS,), generator=generator)
+    tokens[[5, 16]] = -100
+    tokens[9] = 2
+    actions = ops.select_actions(
+        normal(ROWS, VOCAB).float() * 2, K, 0.9, include=tokens.clamp(min=-1)
+    )
+    leaves = [hidden, weight, *([normal(VOCAB)] if bias else [])]
+    return [x.requires_grad_() for x in leaves], tokens, actions
+
+
+def loss(leaves, tokens, actions, **options):
+    hidden, weight, *bias = leaves
+    return ops.linear_td_loss(
+        hidden, weight, tokens, actions=actions, bias=bias[0] if bias else None, **options
+    )
+
+
+def exact_in_float64(leaves, tokens, actions, of, **options):
+    """Gradients by the reference in float64 of a function of the output."""
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    out = loss(wide, tokens, actions, impl="reference", **options)
+    return out, torch.autograd.grad(of(out), wide)
+
+
+def agree(got, expected):
+    """Within 64 units in the last place of a tensor's largest element: float32 sums of some ninety
+    terms that cancel."""
+    for x, wanted in zip(got, expected, strict=True):
+        unit = torch.finfo(torch.float32).eps * float(wanted.detach().abs().max())
+        torch.testing.assert_close(x.double(), wanted.double(), rtol=0, atol=64 * unit)
+
+
+def shuffled(tokens, seed=0):
+    """Successors of a random packing: every state's is somewhere else."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(ROWS, generator=generator)
+    successor = torch.empty(ROWS, dtype=torch.int64)
+    successor[order[:-1]] = order[1:]
+    successor[order[-1]] = -1
+    return successor
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+@pytest.mark.parametrize("q", ["log_prob", "logit"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "sum"}, {"num_items_in_batch": torch.tensor(7)}, {"softcap": 3.0}],
+    ids=["mean", "sum", "items", "softcap"],
+)
+def test_gradients_in_forward_take_one_pass_over_the_head(products, objective, q, options):
+    leaves, tokens, actions = make()
+    options = {
+        "objective": objective,
+        "q": q,
+        "successor": ops.successors(tokens, eos_token_id=2),
+        **options,
+    }
+    out = loss(leaves, tokens, actions, **options)
+    grads = torch.autograd.grad(3.0 * out.loss, leaves)
+    # each row once, and the first row of each of the five later chunks beforehand, but for one
+    # whose predecessor is no state
+    if q == "logit" and not objective.normalised:
+        assert not products
+    else:
+        assert ROWS <= sum(products) <= ROWS + 5
+    wanted, expected = exact_in_float64(leaves, tokens, actions, lambda o: 3.0 * o.loss, **options)
+    agree(out[:4], wanted[:4])
+    agree(grads, expected)
+
+
+def test_successors_far_away_are_not_worth_it_and_right_all_the_same(products):
+    leaves, tokens, actions = make()
+    options = {"objective": OBJECTIVES[1], "successor": shuffled(tokens)}
+    out = loss(leaves, tokens, actions, **options)
+    grads = torch.autograd.grad(out.loss, leaves)
+    assert sum(products) == 2 * ROWS
+    _, expected = exact_in_float64(leaves, tokens, actions, lambda o: o.loss, **options)
+    agree(grads, expected)
+
+
+def test_any_links_between_chunks_give_the_same_gradients(monkeypatch, products):
+    monkeypatch.setattr(in_forward, "MOST_LINKS", 1.0)
+    for seed in range(6):
+        leaves, tokens, actions = make(seed=seed)
+        options = {"objective": OBJECTIVES[1], "successor": shuffled(tokens, seed)}
+        del products[:]
+        out = loss(leaves, tokens, actions, **options)
+        grads = torch.autograd.grad(out.loss, leaves)
+        assert sum(products) < 2 * ROWS
+        _, expected = exact_in_float64(leaves, tokens, actions, lambda o: o.loss, **options)
+        agree(grads, expected)
+
+
+def test_second_backward_and_gradients_of_the_other_outputs():
+    leaves, tokens, actions = make()
+    options = {"objective": OBJECTIVES[0]}
+    out = loss(leaves, tokens, actions, **options)
+    first = torch.autograd.grad(out.loss, leaves, retain_graph=True)
+    kept = [x.clone() for x in first]
+    for x in first:
+        x.mul_(0)  # a caller may do what it likes with them
+    agree(torch.autograd.grad(out.loss, leaves, retain_graph=True), kept)
+
+    def mixed(o):
+        return o.loss + o.q.sum() + (o.value * 0.3).sum() + o.td_error.square().sum()
+
+    _, expected = exact_in_float64(leaves, tokens, actions, mixed, **options)
+    agree(torch.autograd.grad(mixed(out), leaves, retain_graph=True), expected)
+    _, expected = exact_in_float64(leaves, tokens, actions, lambda o: o.value.sum(), **options)
+    agree(torch.autograd.grad(out.value.sum(), leaves), expected)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_hidden_states_that_are_used_twice_and_other_dtypes(kind):
+    leaves, tokens, actions = make(kind, bias=False)
+    hidden, weight = leaves
+    options = {"objective": OBJECTIVES[0], "normaliser": "exact"}
+    out = loss(leaves, tokens, actions, **options)
+    (out.loss + hidden.float().square().sum()).backward()
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    exact = loss(wide, tokens, actions, impl="reference", **options)
+    (exact.loss + wide[0].square().sum()).backward()
+    for x, wanted in zip(leaves, wide, strict=True):
+        assert x.grad.dtype == kind
+        unit = torch.finfo(kind).eps * wanted.grad.abs().max()
+        assert (x.grad.double() - wanted.grad).abs().max() <= 2 * unit
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_is_frozen_gets_no_gradient(frozen):
+    leaves, tokens, actions = make(bias=False)
+    leaves[frozen].requires_grad_(False)
+    out = loss(leaves, tokens, actions, objective=OBJECTIVES[0])
+    out.loss.backward()
+    assert leaves[frozen].grad is None
+    wanted = exact_in_float64(leaves, tokens, actions, lambda o: o.loss, objective=OBJECTIVES[0])
+    agree([leaves[1 - frozen].grad], [wanted[1][1 - frozen]])
+
+
+def test_per_row_losses_and_objectives_of_ones_own_take_the_other_way(products):
+    leaves, tokens, actions = make()
+    weights = torch.linspace(0, 1, ROWS)
+    builtin = OBJECTIVES[0]
+
+    def own(rows):
+        """Rows that know each other: a mean over the batch."""
+        return builtin(rows) * (1 + rows.value.detach().mean()) + rows.value.mean()
+
+    for objective, reduction in ((builtin, "none"), (own, "mean")):
+        options = {"objective": objective, "reduction": reduction}
+
+        def of(out):
+            return (out.loss * weights.to(out.loss.dtype)).sum()
+
+        del products[:]
+        grads = torch.autograd.grad(of(loss(leaves, tokens, actions, **options)), leaves)
+        assert sum(products) == 2 * ROWS
+        agree(grads, exact_in_float64(leaves, tokens, actions, of, **options)[1])
+
+
+def test_without_gradients_nothing_is_made_for_them(products):
+    leaves, tokens, actions = make()
+    with torch.no_grad():
+        out = loss(leaves, tokens, actions, objective=OBJECTIVES[0])
+    assert sum(products) == ROWS
+    assert not out.loss.requires_grad
+
+
+def test_batch_vocabulary_route_equals_its_reference():
+    leaves, tokens, actions = make()
+    for extra in (0, 8):
+        vocabulary = ops.batch_vocabulary(
+            actions, VOCAB, extra=extra, generator=torch.Generator().manual_seed(1)
+        )
+        options = {
+            "objective": OBJECTIVES[0],
+            "normaliser": "batch",
+            "vocabulary": vocabulary,
+            "softcap": 4.0,
+        }
+        out = loss(leaves, tokens, actions, **options)
+        grads = torch.autograd.grad(out.loss, leaves)
+        wanted, expected = exact_in_float64(leaves, tokens, actions, lambda o: o.loss, **options)
+        agree(out[:4], wanted[:4])
+        agree(grads, expected)
+        outside = torch.ones(VOCAB, dtype=torch.bool)
+        outside[vocabulary.ids.long()] = False
+        assert outside.any()
+        assert (grads[1][outside] == 0).all()
+
+
+def test_a_padded_vocabulary_is_the_same_vocabulary():
+    leaves, tokens, actions = make()
+    results = []
+    for capacity in (None, 80):
+        vocabulary = ops.batch_vocabulary(
+            actions, VOCAB, extra=4, capacity=capacity, generator=torch.Generator().manual_seed(1)
+        )
+        out = loss(leaves, tokens, actions, objective=OBJECTIVES[0], normaliser="batch",
+                   vocabulary=vocabulary)  # fmt: skip
+        results.append((vocabulary, out.loss, *torch.autograd.grad(out.loss, leaves)))
+    bare, padded = (result[0] for result in results)
+    size = bare.ids.numel()
+    assert padded.ids.shape == padded.log_weight.shape == (80,)
+    assert size < 80
+    assert torch.equal(padded.ids[:size], bare.ids)
+    assert torch.equal(padded.log_weight[:size], bare.log_weight)
+    assert (padded.ids[size:] == -1).all()
+    assert (padded.log_weight[size:] == -torch.inf).all()
+    agree(results[1][1:], results[0][1:])
+    with pytest.raises(ValueError, match="capacity: expected room for the union .* got 10"):
+        ops.batch_vocabulary(actions, VOCAB, extra=4, capacity=10)
+
+
+def test_a_law_is_unbiased_and_draws_what_it_says():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(300, 8, generator=generator, dtype=torch.float64)
+    actions = ops.linear_select_actions(hidden, weight, k=5)
+    union = actions.ids.unique().long()
+    law = torch.softmax(hidden @ weight.T, -1).mean(0) + 1e-4
+    impossible = torch.tensor([i for i in range(300) if i not in union.tolist()][:3])
+    law[impossible] = 0
+    possible = torch.ones(300, dtype=torch.bool)
+    possible[impossible] = False
+    exact = (hidden @ weight.T)[:, possible].exp().sum(-1)
+    spreads = []
+    for chances in (law, possible.double()):
+        draws = []
+        for _ in range(600):
+            vocabulary = ops.batch_vocabulary(
+                actions, 300, extra=40, law=chances, generator=generator
+            )
+            ids = vocabulary.ids.tolist()
+            assert not set(ids) & set(impossible.tolist())
+            assert set(union.tolist()) <= set(ids)
+            assert len(set(ids)) == len(ids)
+            assert abs(len(ids) - union.numel() - 40) <= 1
+            draws.append(ops.linear_logsumexp(hidden, weight, vocabulary=vocabulary).exp())
+        estimates = torch.stack(draws)
+        error = estimates.std(0) / 600**0.5
+        assert ((estimates.mean(0) - exact).abs() < 4 * error).all()
+        spreads.append(estimates.std(0))
+    assert (spreads[0] < 0.5 * spreads[1]).all()  # a law near to the student's own pays
+
+
+def test_the_vocabulary_must_hold_every_member():
+    leaves, tokens, actions = make()
+    vocabulary = ops.batch_vocabulary(actions, VOCAB, extra=0)
+    missing = int(actions.ids[0, 0])
+    less = ops.Vocabulary(*(x[vocabulary.ids != missing] for x in vocabulary))
+    with pytest.raises(ValueError, match=f"vocabulary: .* but id {missing} is not in it"):
+        loss(leaves, tokens, actions, normaliser="batch", vocabulary=less)
+
+
+def test_routes():
+    """The rule, and that the op follows it."""
+    assert routes.route("cpu", 64, 49_152, normaliser=None) == "gather"
+    assert routes.route("cpu", 64, 200, normaliser=None) == "exact"
+    assert routes.route("cuda", 64, 4_000, normaliser=None) == "exact"
+    assert routes.route("cuda", 64, 49_152, normaliser=None) == "gather"
+    assert routes.route("cpu", 64, 49_152, normaliser="batch") == "batch"
+    assert routes.route("cpu", 64, 49_152, normaliser="exact") == "exact"
+    leaves, tokens, actions = make()
+    generator = torch.Generator().manual_seed(0)
+    # a vocabulary of nearly everything is replaced by everything
+    options = {"objective": OBJECTIVES[0], "generator": generator, "extra": VOCAB - 1}
+    batch = loss(leaves, tokens, actions, normaliser="batch", **options)
+    assert torch.equal(batch.loss, loss(leaves, tokens, actions, objective=OBJECTIVES[0]).loss)
+
+
+@pytest.mark.parametrize("k", [3, 40])
+def test_linear_gather_q_is_the_same_on_either_side_of_the_rule(k):
+    (hidden, weight, bias), _, _ = make()
+    ids = torch.rand(ROWS, VOCAB).topk(k).indices.int()
+    ids[3, 1] = -1
+    assert routes.gathers("cpu", k, VOCAB) == (k == 3)
+    grad = torch.randn(ROWS, k)
+    q = ops.linear_gather_q(hidden, weight, ids, bias=bias, softcap=3.0)
+    got = torch.autograd.grad(q, (hidden, weight, bias), grad)
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    dense = ops.gather_q(wide[0] @ wide[1].T + wide[2], ids, softcap=3.0, impl="reference")
+    agree((q,), (dense,))
+    agree(got, torch.autograd.grad(dense, wide, grad.double()))
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+def test_linear_log_probs(impl):
+    (hidden, weight, bias), _, actions = make()
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    logits = (wide[0] @ wide[1].T + wide[2]) / 0.7
+    log_p = logits.log_softmax(-1)
+    member = torch.zeros(ROWS, VOCAB + 1, dtype=torch.bool)
+    member[torch.arange(ROWS)[:, None], actions.ids.long()] = True
+    tail = log_p.masked_fill(member[:, :VOCAB], -math.inf).logsumexp(-1)
+    picked = log_p.gather(-1, actions.ids.long().clamp(min=0))
+    held = actions.ids >= 0
+    got = ops.linear_log_probs(hidden, weight, actions.ids, bias=bias, temperature=0.7, impl=impl)
+    agree((got.log_probs[held], got.log_tail), (picked[held], tail))
+    assert (got.log_probs[~held] == -torch.inf).all()
+    grad, of_tail = torch.randn(ROWS, K), torch.randn(ROWS)
+    total = (torch.where(held, got.log_probs, 0) * grad).sum() + (got.log_tail * of_tail).sum()
+    wanted = (torch.where(held, picked, 0) * grad).sum() + (tail * of_tail).sum()
+    agree(torch.autograd.grad(total, (hidden, weight, bias)), torch.autograd.grad(wanted, wide))
+
+
+def test_linear_log_probs_keeps_a_tail_that_is_nearly_nothing():
+    hidden, weight = torch.eye(2), torch.zeros(40, 2)
+    weight[0] = 30.0
+    got = ops.linear_log_probs(hidden, weight, torch.zeros(2, 1, dtype=torch.int64))
+    torch.testing.assert_close(got.log_tail, torch.full((2,), math.log(39) - 30.0))
