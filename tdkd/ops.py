@@ -507,12 +507,8 @@ def linear_gather_q(
         _ids_below("ids", ids, weight.shape[0])
     rows = ids.shape[:-1].numel()
     flat = hidden.reshape(rows, hidden.shape[-1])
-    k, ids_of = ids.shape[-1], ids.reshape(rows, ids.shape[-1])
-    if _routes.gathers(hidden.device.type, k, weight.shape[0]):
-        q = _head_rows_of(impl, hidden, weight)(flat, weight, bias, ids_of, scale)
-    else:
-        q = _linear_rows_of(impl, hidden, weight, k)(flat, weight, bias, ids_of, scale).z
-    return q.view(ids.shape)
+    gather = _head_rows_of(impl, flat, weight, ids.shape[-1])
+    return gather(flat, weight, bias, ids.reshape(rows, ids.shape[-1]), scale).view(ids.shape)
 
 
 def linear_logsumexp(
@@ -829,14 +825,10 @@ def linear_td_loss(
         impl=impl,
     )
     divisor = _divisor(rows, reduction, num_items_in_batch)
-    route = _routes.route(
-        flat.device.type,
-        rows.ids.shape[-1],
-        weight.shape[0],
-        normaliser=normaliser if _needs_normaliser(objective, q) else None,
-    )
+    route = _routes.route(normaliser if _needs_normaliser(objective, q) else None)
     if route == "gather":
-        terms = rows(_head_rows_of(impl, flat, weight)(flat, weight, bias, rows.ids, scale), None)
+        gather = _head_rows_of(impl, flat, weight, rows.ids.shape[-1])
+        terms = rows(gather(flat, weight, bias, rows.ids, scale), None)
         return _td_output(terms, actions, lead, reduction, divisor)
     if route == "exact":
         vocabulary = None
@@ -903,9 +895,11 @@ def _linear_rows_of(
     return op.linear_rows
 
 
-def _head_rows_of(impl: Impl, hidden: Tensor, weight: Tensor) -> Callable[..., Tensor]:
-    op = _linear_gather_q if _fused(impl, hidden, weight) else _linear_gather_q_reference
-    return op.linear_gather_q
+def _head_rows_of(impl: Impl, hidden: Tensor, weight: Tensor, k: int) -> Callable[..., Tensor]:
+    if not _fused(impl, hidden, weight):
+        return _linear_gather_q_reference.linear_gather_q
+    dense = not _routes.gathers(hidden.device.type, k, *weight.shape)
+    return partial(_linear_gather_q.linear_gather_q, dense=dense)
 
 
 def _needs_normaliser(objective: ObjectiveLike, q: Level) -> bool:

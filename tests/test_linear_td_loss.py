@@ -303,12 +303,13 @@ def test_the_vocabulary_must_hold_every_member():
 
 def test_routes():
     """The rule, and that the op follows it."""
-    assert routes.route("cpu", 64, 49_152, normaliser=None) == "gather"
-    assert routes.route("cpu", 64, 200, normaliser=None) == "exact"
-    assert routes.route("cuda", 64, 4_000, normaliser=None) == "exact"
-    assert routes.route("cuda", 64, 49_152, normaliser=None) == "gather"
-    assert routes.route("cpu", 64, 49_152, normaliser="batch") == "batch"
-    assert routes.route("cpu", 64, 49_152, normaliser="exact") == "exact"
+    assert [routes.route(x) for x in (None, "batch", "exact")] == ["gather", "batch", "exact"]
+    assert routes.gathers("cpu", 1024, 49_152, 576)
+    assert not routes.gathers("cpu", 4096, 49_152, 576)
+    assert not routes.gathers("cuda", 64, 4_000, 576)
+    assert routes.gathers("cuda", 64, 49_152, 576)
+    assert routes.pays("cpu", 7_000, 49_152)
+    assert not routes.pays("cpu", 46_000, 49_152)
     leaves, tokens, actions = make()
     generator = torch.Generator().manual_seed(0)
     # a vocabulary of nearly everything is replaced by everything
@@ -322,7 +323,7 @@ def test_linear_gather_q_is_the_same_on_either_side_of_the_rule(k):
     (hidden, weight, bias), _, _ = make()
     ids = torch.rand(ROWS, VOCAB).topk(k).indices.int()
     ids[3, 1] = -1
-    assert routes.gathers("cpu", k, VOCAB) == (k == 3)
+    assert routes.gathers("cpu", k, VOCAB, WIDTH) == (k == 3)
     grad = torch.randn(ROWS, k)
     q = ops.linear_gather_q(hidden, weight, ids, bias=bias, softcap=3.0)
     got = torch.autograd.grad(q, (hidden, weight, bias), grad)

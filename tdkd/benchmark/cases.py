@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,9 @@ FIELDS = {
     "td_loss": ("rows", "vocab", "k", "dtype", "logits"),
     "gather_q": ("rows", "vocab", "k", "dtype"),
     "linear_gather_q": ("rows", "vocab", "k", "dtype"),
+    "linear_td_loss": ("rows", "vocab", "k", "dtype", "sets"),
+    "linear_log_probs": ("rows", "vocab", "k", "dtype", "sets"),
+    "linear_select_actions": ("rows", "vocab", "k", "dtype"),
     "soft_value": ("rows", "k"),
     "td_target": ("rows",),
 }
@@ -30,7 +33,7 @@ ROTATED_BYTES = 256 << 20
 MAX_COPIES = 16
 """Cap for tiny cases, whose time is overhead anyway."""
 HIDDEN = 576
-"""H of both models where a rival starts from hidden states (SmolLM2-135M)."""
+"""H of SmolLM2-135M."""
 
 
 class Case(NamedTuple):
@@ -45,6 +48,10 @@ class Case(NamedTuple):
     logits: str = "peaked"
     """kind of the teacher's logits; the student's are random."""
     device: str = "cpu"
+    sets: str = "real"
+    """the action sets where the teacher is not live: those of a real one, or ``random``."""
+    hidden: int = HIDDEN
+    """H of both models where an op or a rival starts from hidden states."""
     compiled: bool = True
     """whether rivals that need a compiler, which takes its time, are timed."""
 
@@ -55,8 +62,8 @@ class Case(NamedTuple):
             return 4 * self.rows
         if self.op == "soft_value":
             return 4 * self.rows * self.k
-        if self.op == "linear_gather_q":
-            return self.vocab * HIDDEN * DTYPES[self.dtype].itemsize
+        if self.op.startswith("linear"):
+            return self.vocab * self.hidden * DTYPES[self.dtype].itemsize
         return self.rows * self.vocab * DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
@@ -67,10 +74,16 @@ def describe(case: dict[str, Any]) -> str:
     """The fields that count, in words: of a case, or of one in a run's JSON."""
     fields = FIELDS[case["op"]]
     words = [f"{case['rows']} x {case['vocab']}" if "vocab" in fields else f"{case['rows']}"]
-    for field in ("dtype", "k", "logits"):
+    for field in ("dtype", "k", "logits", "sets"):
         if field in fields:
             words.append(f"k={case['k']}" if field == "k" else case[field])
+    if case["op"].startswith("linear") and case["hidden"] != HIDDEN:
+        words.append(f"H={case['hidden']}")
     return " ".join(words)
+
+
+class Skip(Exception):
+    """Why a rival is not timed."""
 
 
 class Inputs(NamedTuple):
@@ -90,6 +103,10 @@ class Inputs(NamedTuple):
     """gradient of the op's result."""
     successor: Tensor | None = None
     """int64 ``[N]``: the next row; the last one is terminal."""
+
+
+Run = Callable[[Inputs], Any]
+"""A rival, ready for a case."""
 
 
 class LinearInputs(NamedTuple):
@@ -116,6 +133,18 @@ def _gather_q(rows: int, vocab: int, **options: Any) -> Case:
 
 def _linear_gather_q(rows: int, vocab: int, **options: Any) -> Case:
     return Case("linear_gather_q", rows, vocab, **options)
+
+
+def _linear_td_loss(rows: int, vocab: int, **options: Any) -> Case:
+    return Case("linear_td_loss", rows, vocab, **options)
+
+
+def _linear_log_probs(rows: int, vocab: int, **options: Any) -> Case:
+    return Case("linear_log_probs", rows, vocab, **options)
+
+
+def _linear_select(rows: int, vocab: int, **options: Any) -> Case:
+    return Case("linear_select_actions", rows, vocab, top_p=0.8, **options)
 
 
 def _soft_value(rows: int, **options: Any) -> Case:
@@ -158,6 +187,24 @@ SUITES: dict[str, list[Case]] = {
         _linear_gather_q(2048, 49_152, k=256),
         _linear_gather_q(2048, 49_152, dtype="bfloat16"),
         _linear_gather_q(1024, 151_936),
+    ],
+    "linear": [
+        _linear_td_loss(2048, 49_152),
+        _linear_td_loss(2048, 49_152, sets="random"),
+        _linear_td_loss(2048, 151_936, compiled=False),
+        _linear_log_probs(2048, 49_152),
+        _linear_select(2048, 49_152),
+        _linear_td_loss(2048, 49_152, dtype="bfloat16", compiled=False),
+    ],
+    # where the rule of tdkd.kernels.routes changes its mind
+    "routes": [
+        _linear_td_loss(1024, 49_152, k=k, sets="random", compiled=False)
+        for k in (8, 16, 24, 32, 48, 64, 96, 128)
+    ]
+    + [
+        _linear_gather_q(1024, vocab, k=k, compiled=False)
+        for vocab in (2_000, 8_000, 32_000)
+        for k in (vocab // 32, vocab // 8, vocab // 2)
     ],
     "small": [
         _gather_q(512, 49_152),
@@ -250,6 +297,9 @@ def make_generator(case: Case, seed: int = 0) -> torch.Generator:
 def _inputs(case: Case, generator: torch.Generator) -> Inputs:
     device, rows, vocab = generator.device, case.rows, case.vocab
     dtype = DTYPES[case.dtype]
+    if case.op in ("linear_td_loss", "linear_log_probs", "linear_select_actions"):
+        # their rivals make their own, the same in every call, being many products to one byte
+        return Inputs(torch.randn(vocab, case.hidden, generator=generator, device=device).to(dtype))
     if case.op == "td_target":
         successor = torch.arange(1, rows + 1, device=device)
         successor[-1] = -1
@@ -285,10 +335,12 @@ def make_linear_inputs(case: Case, seed: int = 0) -> LinearInputs:
     tokens = torch.randint(case.vocab, (case.rows,), generator=generator, device=device)
 
     def normal(rows: int, std: float) -> Tensor:
-        return torch.randn(rows, HIDDEN, generator=generator, device=device).mul_(std).to(dtype)
+        return (
+            torch.randn(rows, case.hidden, generator=generator, device=device).mul_(std).to(dtype)
+        )
 
     student, teacher = (
-        (normal(case.rows, 1.0), normal(case.vocab, STD / HIDDEN**0.5)) for _ in range(2)
+        (normal(case.rows, 1.0), normal(case.vocab, STD / case.hidden**0.5)) for _ in range(2)
     )
     for tensor in student:
         tensor.requires_grad_()

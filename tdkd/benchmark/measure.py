@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tdkd.benchmark.cases import Case, Inputs, make_inputs
-from tdkd.benchmark.rivals import ANCHORS, Rival, Run, Skip
+from tdkd.benchmark.cases import Case, Inputs, Run, Skip, make_inputs
+from tdkd.benchmark.rivals import ANCHORS, Rival
 
 ENOUGH_SECONDS = {"cpu": 6.0, "cuda": 2.0}
 """A slow rival stops after two rounds, or when it has been timed so long, whichever is later."""
@@ -49,6 +49,8 @@ class Result(NamedTuple):
     """``gb_per_s`` over that of the anchor: ``amax`` on CPU, ``copy`` on a GPU."""
     peak_extra_bytes: int | None = None
     """growth of memory within one call, results included: resident, or of torch's on a GPU."""
+    result_bytes: int | None = None
+    """size of the tensors that a call returns, gradients included."""
     logits_sized_allocations: int | None = None
     """tensors at least as large as the case's main one that one call allocates."""
 
@@ -170,6 +172,7 @@ def measure(
                 bytes_moved=moved,
                 gb_per_s=moved / median / 1e9 if moved else None,
                 peak_extra_bytes=peak_extra_bytes(runs[rival.name], copies[0]),
+                result_bytes=result_bytes(runs[rival.name], copies[0]) if rival.warm else None,
                 logits_sized_allocations=allocations(runs[rival.name], copies[0], case.main_bytes)
                 if rival.warm  # one more call of a slow rival is not worth it
                 else None,
@@ -258,6 +261,12 @@ def reason(error: Exception) -> str:
     words = (word.rsplit("/", 1)[-1] if word.startswith("/") else word for word in text.split())
     text = " ".join(words)
     return text if isinstance(error, Skip) else f"{type(error).__name__}: {text}"
+
+
+def result_bytes(run: Run, inputs: Inputs) -> int:
+    """Size of what a call returns."""
+    leaves = torch.utils._pytree.tree_leaves(run(inputs))
+    return sum(x.nbytes for x in leaves if isinstance(x, torch.Tensor))
 
 
 def peak_extra_bytes(run: Run, inputs: Inputs) -> int | None:

@@ -10,17 +10,17 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tdkd import ops
-from tdkd.benchmark.cases import Case, Inputs, make_linear_inputs
+from tdkd.benchmark import linear
+from tdkd.benchmark.cases import Case, Inputs, Run, Skip, make_linear_inputs
 from tdkd.objectives import IQLearn
 from tdkd.published import published_loss
 
-Run = Callable[[Inputs], Any]
 Impl = Literal["auto", "reference", "fused"]
 ANCHORS = {"cpu": "amax", "cuda": "copy"}
 """The rival that moves bytes as fast as a device can."""
@@ -28,10 +28,6 @@ PUBLISHED_BUFFERS = 20
 """float32 buffers of the logits' size that the published loss holds at once."""
 GAMMA, LAMBDA = 0.99, 0.9
 """Of TD targets."""
-
-
-class Skip(Exception):
-    """Why a rival is not timed."""
 
 
 class Rival(NamedTuple):
@@ -330,6 +326,35 @@ RIVALS: dict[str, list[Rival]] = {
             lambda case: _gather_from_head(torch.compile(_dense_gather, dynamic=False)),
             compiles=True,
         ),
+    ],
+    # forward and backward of the student's side: hidden states and the head get gradients. Row
+    # gather is another objective, one that needs no normaliser.
+    "linear_td_loss": [
+        Rival("copy", _copied, passes=2, device="cuda"),
+        Rival("amax", _amax, passes=1),
+        Rival("three products", linear.three_products),
+        Rival("tdkd", linear.td_loss(linear.NORMALISED)),
+        Rival("tdkd batch", linear.td_loss(linear.NORMALISED, normaliser="batch")),
+        Rival("tdkd gather", linear.td_loss(linear.GATHERED, q="logit")),
+        Rival("dense", linear.dense_loss()),
+        Rival("torch.compile", linear.dense_loss(compiled=True), compiles=True),
+    ],
+    "linear_log_probs": [
+        Rival("copy", _copied, passes=2, device="cuda"),
+        Rival("amax", _amax, passes=1),
+        Rival("three products", linear.three_products),
+        Rival("tdkd", linear.both_ways(linear.log_probs)),
+        Rival("dense", linear.both_ways(linear.dense_log_probs)),
+        Rival(
+            "torch.compile", linear.both_ways(linear.dense_log_probs, compiled=True), compiles=True
+        ),
+    ],
+    "linear_select_actions": [
+        Rival("copy", _copied, passes=2, device="cuda"),
+        Rival("amax", _amax, passes=1),
+        Rival("one product", linear.one_product),
+        Rival("tdkd", linear.select),
+        Rival("dense", linear.dense_select),
     ],
     # forward and backward: read twice, and the gradient is written
     "soft_value": [

@@ -1,7 +1,8 @@
 """linear_gather_q: schema, fake, autograd, and the call of the kernel.
 
 The kernel makes the products of hidden states with k head rows each; what a head does to its
-products (softcap, temperature) is arithmetic on ``[N, k]`` and stays in PyTorch.
+products (softcap, temperature) is arithmetic on ``[N, k]`` and stays in PyTorch. Where k is large
+against V, products with the whole head, a chunk of rows at a time, are the faster way.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tdkd.kernels import head
 from tdkd.kernels.backends import LIBRARY, fake, on_gpu
 from tdkd.kernels.gather_q.reference import scaled
 from tdkd.types import Scale
@@ -66,9 +68,54 @@ class _HeadProducts(torch.autograd.Function):
         )
 
 
+class _DenseProducts(torch.autograd.Function):
+    """The same from all products of a chunk of rows; backward has no need of them."""
+
+    @staticmethod
+    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+        wide = head.Head(hidden, weight, bias)
+        picked = ids.long().clamp(min=0)
+        return torch.cat(
+            [
+                wide.logits(hidden[rows]).gather(-1, picked[rows])
+                for rows in head.chunks(hidden, weight)
+            ]
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, ids = ctx.saved_tensors
+        wide = head.Head(hidden, weight, bias)
+        grads = head.Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+        picked = ids.long().clamp(min=0)
+        grad = torch.where(ids < 0, 0.0, grad)
+        for rows in head.chunks(hidden, weight):
+            logits = grad.new_zeros(grad[rows].shape[0], weight.shape[0])
+            grads.add(logits.scatter_add_(-1, picked[rows], grad[rows]), rows, hidden, wide)
+        return *grads.result(weight, bias), None
+
+
 def linear_gather_q(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scale: Scale
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    scale: Scale,
+    *,
+    dense: bool = False,
 ) -> Tensor:
-    """As in the reference; float32, bfloat16 or float16. Backward is no graph of its own."""
-    z = _HeadProducts.apply(hidden.float(), weight, None if bias is None else bias.float(), ids)
+    """As in the reference; float32, bfloat16 or float16. Backward is no graph of its own.
+
+    ``dense`` multiplies with the whole head.
+    """
+    if dense:
+        z = _DenseProducts.apply(hidden, weight, bias, ids)
+    else:
+        bias = None if bias is None else bias.float()
+        z = _HeadProducts.apply(hidden.float(), weight, bias, ids)
     return torch.where(ids < 0, -torch.inf, scaled(z, scale))

@@ -1,0 +1,187 @@
+"""The ops that start from hidden states and heads: their inputs, and who is timed for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tdkd import ops
+from tdkd.benchmark.cases import Case, Inputs, Run, Skip, make_linear_inputs
+from tdkd.objectives import ForwardKL
+
+SETS = Path(__file__).with_name("sets.npz")
+"""Sets of a real teacher: `benchmarks/real_sets.py`."""
+SETS_VOCAB = 49_152
+EXTRA = 1024
+"""Columns that a batch vocabulary samples."""
+
+
+class Student(NamedTuple):
+    """What the student's side of a linear TD loss sees."""
+
+    hidden: Tensor
+    weight: Tensor
+    tokens: Tensor
+    actions: ops.ActionSet
+
+
+def action_sets(case: Case, generator: torch.Generator) -> tuple[ops.ActionSet, Tensor]:
+    """Sets ``[N, k]`` and taken tokens ``[N]``, which are members.
+
+    ``real``: those of a real teacher at p = 0.8, cut at k; in a larger vocabulary the same ones
+    spread out, so that the union is as large. ``random``: k random tokens each, the worst case.
+    """
+    rows, k, vocab, device = case.rows, min(case.k, case.vocab), case.vocab, generator.device
+    if case.sets == "real":
+        import numpy as np
+
+        if vocab < SETS_VOCAB:
+            raise Skip(f"real sets are of a vocabulary of {SETS_VOCAB:,}")
+        kept = np.load(SETS)
+        count = torch.from_numpy(kept["count"].astype(np.int64))
+        ids = torch.full((count.numel(), int(count.max())), -1)
+        held = torch.arange(ids.shape[1]) < count[:, None]
+        ids[held] = torch.from_numpy(kept["members"].astype(np.int64))
+        taken = torch.from_numpy(kept["tokens"].astype(np.int64))
+        some = torch.arange(rows) % count.numel()
+        ids, tokens = ids[some, :k], taken[some]
+        if ids.shape[1] < k:
+            ids = F.pad(ids, (0, k - ids.shape[1]), value=-1)
+        spread = vocab // SETS_VOCAB
+        ids, tokens = (
+            torch.where(ids < 0, -1, ids * spread).to(device),
+            (tokens * spread).to(device),
+        )
+        inside = (ids == tokens[:, None]).any(-1)
+        ids[:, 0] = torch.where(inside, ids[:, 0], tokens)
+    else:
+        # one token of each of k ranges: distinct
+        step = vocab // k
+        ids = torch.randint(step, (rows, k), generator=generator, device=device)
+        ids = ids + torch.arange(k, device=device) * step
+        tokens = ids[:, 0]
+    slot = torch.arange(k, device=device)
+    weights = torch.where(ids >= 0, -0.3 * slot, -torch.inf).log_softmax(-1) + math.log(0.85)
+    return ops.ActionSet(ids.int(), weights, (ids >= 0).sum(-1).int()), tokens
+
+
+def make_student(case: Case) -> Student:
+    """The student's head and hidden states of a case, and the sets of its teacher."""
+    given = make_linear_inputs(case)
+    generator = torch.Generator(case.device).manual_seed(1)
+    actions, tokens = action_sets(case, generator)
+    return Student(given.student, given.student_weight, tokens, actions)
+
+
+def td_loss(objective: ForwardKL, **options: object) -> Callable[[Case], Run]:
+    """Forward and backward of the student's side by :func:`tdkd.ops.linear_td_loss`."""
+
+    def loss(student: Student) -> Tensor:
+        return ops.linear_td_loss(
+            student.hidden,
+            student.weight,
+            student.tokens,
+            actions=student.actions,
+            objective=objective,
+            **options,  # type: ignore[arg-type]
+        ).loss
+
+    return _both_ways(loss)
+
+
+def dense_loss(compiled: bool = False) -> Callable[[Case], Run]:
+    """The same loss as one would write it: logits, logsumexp, gather, loss."""
+
+    def loss(student: Student) -> Tensor:
+        logits = (student.hidden @ student.weight.T).float()
+        ids, log_p, _ = student.actions
+        held = ids >= 0
+        log_q = logits.gather(-1, ids.long().clamp(min=0)) - logits.logsumexp(-1, keepdim=True)
+        log_q = torch.where(held, log_q, -torch.inf)
+        tail_p, tail_q = (torch.log1p(-x.exp().sum(-1)) for x in (log_p, log_q))
+        within = torch.where(held, log_p.exp() * (log_p - torch.where(held, log_q, 0.0)), 0.0)
+        return (within.sum(-1) + tail_p.exp() * (tail_p - tail_q)).mean()
+
+    return _both_ways(torch.compile(loss, dynamic=False) if compiled else loss)
+
+
+def log_probs(student: Student) -> Tensor:
+    given = ops.linear_log_probs(student.hidden, student.weight, student.actions.ids)
+    held = student.actions.ids >= 0
+    return -torch.where(held, given.log_probs, 0.0).sum() - given.log_tail.sum()
+
+
+def dense_log_probs(student: Student) -> Tensor:
+    log_q = (student.hidden @ student.weight.T).float().log_softmax(-1)
+    ids = student.actions.ids
+    picked = torch.where(ids >= 0, log_q.gather(-1, ids.long().clamp(min=0)), -torch.inf)
+    tail = torch.log1p(-picked.exp().sum(-1))
+    return -torch.where(ids >= 0, picked, 0.0).sum() - tail.sum()
+
+
+def both_ways(loss: Callable[[Student], Tensor], compiled: bool = False) -> Callable[[Case], Run]:
+    """Forward and backward of a loss of a :class:`Student`."""
+    return _both_ways(torch.compile(loss, dynamic=False) if compiled else loss)
+
+
+def _both_ways(loss: Callable[[Student], Tensor]) -> Callable[[Case], Run]:
+    def prepare(case: Case) -> Run:
+        student = make_student(case)
+
+        def run(inputs: Inputs) -> tuple[Tensor, ...]:
+            result = loss(student)
+            grads = torch.autograd.grad(result, (student.hidden, student.weight))
+            return result.detach(), *grads
+
+        return run
+
+    return prepare
+
+
+def three_products(case: Case) -> Run:
+    """The matrix products of a dense head, forward and backward, and nothing else."""
+    given = make_linear_inputs(case)
+    hidden, weight = given.student.detach(), given.student_weight.detach()
+
+    def run(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        logits = hidden @ weight.T
+        return logits @ weight, logits.T @ hidden
+
+    return run
+
+
+def one_product(case: Case) -> Run:
+    """The teacher's matrix product, and nothing else."""
+    given = make_linear_inputs(case)
+    return lambda inputs: given.teacher @ given.teacher_weight.T
+
+
+def select(case: Case) -> Run:
+    given = make_linear_inputs(case)
+    return lambda inputs: ops.linear_select_actions(
+        given.teacher, given.teacher_weight, case.k, case.top_p
+    )
+
+
+def dense_select(case: Case) -> Run:
+    """Logits, top-k, and log Z."""
+    given = make_linear_inputs(case)
+    k = min(case.k, case.vocab)
+
+    def run(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        logits = given.teacher @ given.teacher_weight.T
+        values, ids = torch.topk(logits, k)
+        return values, ids, torch.logsumexp(logits, -1)
+
+    return run
+
+
+GATHERED = ForwardKL()
+"""Needs no normaliser where Q is the logit."""
+NORMALISED = ForwardKL(tail=True)
