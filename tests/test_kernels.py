@@ -426,6 +426,19 @@ def _opcheck_cases():
                 None,
             ),
         ),
+        "student_rows_backward_": (
+            t.student_rows_backward_,
+            (
+                torch.randn(3, 4, 5),
+                torch.randn(3, 4, dtype=torch.float64),
+                x,
+                ids,
+                torch.randn(3, 4, dtype=torch.float64),
+                *OPTIONS,
+                None,
+                None,
+            ),
+        ),
         "head_products": (t.head_products, (x[0], x[1], x[0, 0, :4], ids[0].remainder(4))),
         "head_products_backward": (
             t.head_products_backward,
@@ -442,6 +455,20 @@ def _opcheck_cases():
 def test_opcheck(name):
     op, arguments = _opcheck_cases()[name]
     opcheck(op.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+def test_a_gradient_in_the_place_of_its_logits_is_the_same(dtype, scale):
+    logits = (torch.randn(5, 700) * 4).to(dtype)
+    ids = torch.randint(700, (5, 9))
+    ids[:, 3] = ids[:, 2]  # twice
+    ids[:, 8] = -1
+    z, log_rest = torch.ops.tdkd.student_rows(logits, ids, *scale, None, None)
+    given = torch.randn(5, 9), torch.randn(5, dtype=torch.float64), logits, ids, log_rest, *scale
+    expected = torch.ops.tdkd.student_rows_backward(*given, None, None)
+    torch.ops.tdkd.student_rows_backward_(*given, None, None)
+    assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize("objective", [IQLearn(alpha=1.0), ForwardKL(tail=True)], ids=repr)

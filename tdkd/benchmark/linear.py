@@ -95,6 +95,25 @@ def td_loss(objective: ForwardKL, **options: object) -> Callable[[Case], Run]:
     return _both_ways(loss)
 
 
+def both_heads(case: Case) -> Run:
+    """The teacher's head and selection, then the student's side by the batch vocabulary.
+
+    The student is given the case's sets: those of random teachers share nothing between rows.
+    """
+    given, learn = make_linear_inputs(case), td_loss(NORMALISED, normaliser="batch")(case)
+
+    def run(inputs: Inputs) -> tuple[object, ...]:
+        tokens = given.tokens
+        return (
+            ops.linear_select_actions(
+                given.teacher, given.teacher_weight, case.k, 0.8, include=tokens
+            ),
+            *learn(inputs),
+        )
+
+    return run
+
+
 def dense_loss(compiled: bool = False) -> Callable[[Case], Run]:
     """The same loss as one would write it: logits, logsumexp, gather, loss."""
 
