@@ -39,6 +39,8 @@ class Problem(NamedTuple):
     """``call(*leaves, impl=...)``: integer outputs must be equal, floating ones near."""
     reach: float = 0.0
     """size of what was subtracted to give the outputs: logits, where they are log-probabilities."""
+    slope: float = 0.0
+    """the same for gradients: of what was subtracted to give them, for an incoming one near 1."""
     note: str = ""
     """the case in words."""
 
@@ -145,18 +147,17 @@ def _select_actions(draw: Draw) -> Problem:
     def call(logits: Tensor, impl: ops.Impl) -> tuple[Tensor, ...]:
         if logits.dtype == torch.float64:
             # sets of float64 are others where float32 merges values: those of the dtype, exactly
-            ids = ops.select_actions(
+            ids, _, count = ops.select_actions(
                 logits.to(draw.dtype), k, top_p, include=include, impl="reference", **scale
-            ).ids
-            whole = ops.gather_q(logits, _every(logits), impl="reference", **scale)
+            )
+            whole = ops.gather_q(logits.detach(), _every(logits), impl="reference", **scale)
             log_p = whole - whole.logsumexp(-1, keepdim=True)
             picked = log_p.gather(-1, ids.long().clamp(min=0))
-            return ids, torch.where(ids < 0, -torch.inf, picked)
-        given = ops.select_actions(logits, k, top_p, include=include, impl=impl, **scale)
-        assert torch.equal(given.count, (given.ids >= 0).sum(-1).int())
-        return given.ids, given.log_probs
+            return ids, torch.where(ids < 0, -torch.inf, picked), count
+        return ops.select_actions(logits, k, top_p, include=include, impl=impl, **scale)
 
-    return Problem((logits,), call, _size(logits, scale), f"{note} k={k} top_p={top_p:g} {scale}")
+    note = f"{note} k={k} top_p={top_p:g} {scale}"
+    return Problem((logits,), call, _size(logits, scale), note=note)
 
 
 def _every(logits: Tensor) -> Tensor:
@@ -173,6 +174,11 @@ def _size(logits: Tensor, scale: dict[str, Any]) -> float:
     return largest / scale["temperature"] + 12.0
 
 
+def _squared(size: float) -> float:
+    """Reach of a loss that squares TD errors of some size, with the weight that OBJECTIVE gives."""
+    return size * (1.0 + 0.1 * size / 2)
+
+
 def _gather_q(draw: Draw) -> Problem:
     rows, vocab, k = draw.rows(), draw.vocab(), draw.k()
     logits, note = draw.logits(rows, vocab)
@@ -181,7 +187,8 @@ def _gather_q(draw: Draw) -> Problem:
     def call(logits: Tensor, impl: ops.Impl) -> tuple[Tensor, ...]:
         return (ops.gather_q(logits, ids, impl=impl, **scale),)
 
-    return Problem((logits,), call, note=f"{note} k={k} {scale}")
+    # of a saturated softcap 1 - tanh^2 is left
+    return Problem((logits,), call, slope=1.0, note=f"{note} k={k} {scale}")
 
 
 def _soft_value(draw: Draw) -> Problem:
@@ -192,7 +199,7 @@ def _soft_value(draw: Draw) -> Problem:
         return (ops.soft_value(q, impl=impl),)
 
     size = _size(q, {"logit_scale": 1.0, "softcap": None, "temperature": 1.0})
-    return Problem((q,), call, size, note)
+    return Problem((q,), call, size, note=note)
 
 
 def _td_target(draw: Draw) -> Problem:
@@ -213,7 +220,7 @@ def _td_target(draw: Draw) -> Problem:
             ),
         )
 
-    return Problem(values, call, 20.0 * rows, f"{rows} rows gamma={gamma} lam={lam}")
+    return Problem(values, call, 20.0 * rows, note=f"{rows} rows gamma={gamma} lam={lam}")
 
 
 def _td_loss(draw: Draw) -> Problem:
@@ -238,7 +245,7 @@ def _td_loss(draw: Draw) -> Problem:
 
     student = draw.place(student)
     note = f"{rows} x {vocab} {kind} k={k} q={options['q']} top_p={options['top_p']:g}"
-    return Problem((student,), call, _size(student, options), note)
+    return Problem((student,), call, _squared(_size(student, options)), 1.0, note)
 
 
 class _HeadDraw(NamedTuple):
@@ -268,7 +275,7 @@ def _linear_gather_q(draw: Draw) -> Problem:
     def call(hidden: Tensor, weight: Tensor, bias: Tensor, impl: ops.Impl) -> tuple[Tensor, ...]:
         return (ops.linear_gather_q(hidden, weight, ids, bias=bias, impl=impl, **scale),)
 
-    return Problem(head[:3], call, 12.0, f"{head.note} k={k} {scale}")
+    return Problem(head[:3], call, 12.0, note=f"{head.note} k={k} {scale}")
 
 
 def _linear_log_probs(draw: Draw) -> Problem:
@@ -283,7 +290,7 @@ def _linear_log_probs(draw: Draw) -> Problem:
     def call(hidden: Tensor, weight: Tensor, bias: Tensor, impl: ops.Impl) -> tuple[Tensor, ...]:
         return ops.linear_log_probs(hidden, weight, ids, bias=bias, impl=impl, **scale)
 
-    return Problem(head[:3], call, 24.0, f"{head.note} k={k} {scale}")
+    return Problem(head[:3], call, 24.0, note=f"{head.note} k={k} {scale}")
 
 
 def _linear_select_actions(draw: Draw) -> Problem:
@@ -297,7 +304,7 @@ def _linear_select_actions(draw: Draw) -> Problem:
         return given.ids, given.log_probs
 
     size = 4.0 * head.hidden.shape[1] + 14.0
-    return Problem(head[:3], call, size, f"{head.note} k={k} top_p={top_p:g}")
+    return Problem(head[:3], call, size, note=f"{head.note} k={k} top_p={top_p:g}")
 
 
 def _linear_td_loss(draw: Draw) -> Problem:
@@ -330,7 +337,7 @@ def _linear_td_loss(draw: Draw) -> Problem:
         return out.loss, out.q, out.value, out.td_error
 
     note = f"{head.note} k={k} {way} {options['reduction']}"
-    return Problem(head[:3], call, 24.0, note)
+    return Problem(head[:3], call, _squared(24.0), 1.0, note)
 
 
 SUBJECTS: dict[str, Callable[[Draw], Problem]] = {
@@ -346,10 +353,10 @@ SUBJECTS: dict[str, Callable[[Draw], Problem]] = {
 }
 """The ops, and how a case of each is drawn."""
 
-ALLOWED = 16.0
+ALLOWED = 4.0
 """Units in the last place beyond the error of the reference in the same dtype, for sums in another
 order. The unit is that of the largest entry of the row, or of what was subtracted to give it."""
-ALLOWED_GRADIENT = 64.0
+ALLOWED_GRADIENT = 16.0
 """The same for gradients, in units of the tensor's largest entry: exp of a difference of logits,
 themselves rounded, and sums over rows."""
 
@@ -424,7 +431,8 @@ def compare(op: str, dtype: str, device: str, seed: int) -> tuple[float, list[st
             continue
         gradient = name.startswith("gradient")
         allowed = ALLOWED_GRADIENT if gradient else ALLOWED
-        share = excess(mine, theirs, wanted, 0.0 if gradient else problem.reach, gradient) / allowed
+        reach = problem.slope if gradient else problem.reach
+        share = excess(mine, theirs, wanted, reach, gradient) / allowed
         worst = max(worst, share)
         if not share <= 1.0:
             failures.append(f"{name}: {share:.3g} of what is allowed ({problem.note})")
@@ -475,7 +483,10 @@ def _run(
             total = part if total is None else total + part
     grads: tuple[Tensor, ...] = ()
     if total is not None:
-        grads = torch.autograd.grad(total, leaves, materialize_grads=True)
+        made = torch.autograd.grad(total, leaves, materialize_grads=True)
+        # a logit that is NaN or infinite has no gradient to agree on
+        finite = [x.detach().isfinite() for x in leaves]
+        grads = tuple(torch.where(f, g, 0.0) for f, g in zip(finite, made, strict=True))
     return tuple(x.detach() for x in outputs), tuple(grads)
 
 
@@ -512,10 +523,10 @@ def graph_findings(device: str) -> Iterator[Finding]:
 
 
 def _plain(op: str, device: torch.device) -> Problem:
-    """The first case of an op that has rows, columns and one row a chunk's worth of ids."""
+    """The first case of an op that is of some size."""
     for seed in range(1000):
         problem = SUBJECTS[op](Draw(seed, torch.float32, device))
-        if problem.leaves[0].shape[0] > 1 and problem.leaves[-1].numel() > 64:
+        if problem.leaves[0].shape[0] > 1 and problem.leaves[-1].numel() > 30:
             return problem
     raise AssertionError(op)
 
