@@ -55,7 +55,7 @@ sanitize: $(VENV)/.ready
 		$(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd build/sanitize && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=. \
-		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/test_kernels.py \
+		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_linear_td_loss.py \
 		-k "not compile and not opcheck and not stable_abi"
 
 # The Triton kernels on the oldest Triton that is supported; its interpreter needs an older NumPy.

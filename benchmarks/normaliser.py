@@ -4,7 +4,8 @@
 
 Models and data are those of `make demo`: runs/demo/teacher, runs/demo/td/final (or warm/final, or
 student-init) and runs/demo/heldout.jsonl. A batch is as many answers as a training step holds.
-Each m is drawn many times for every batch.
+Each m is drawn many times for every batch, uniformly and by a law: the student's mean probabilities
+in the batch before, a tenth of them spread evenly.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +23,18 @@ from tdkd.cli.evaluate import collate
 from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer
 from tdkd.objectives import ForwardKL
 
-EXTRA = (0, 256, 1024, 4096)
+EXTRA = (256, 1024, 4096)
+LAWS = ("uniform", "student")
+
+
+class Batch(NamedTuple):
+    """What the heads see of one batch's response positions."""
+
+    hidden: Tensor
+    """the student's, ``[N, H]``."""
+    weight: Tensor
+    tokens: Tensor
+    actions: ops.ActionSet
 
 
 def main() -> None:
@@ -36,25 +49,30 @@ def main() -> None:
     tokenizer = load_tokenizer(options.teacher, chat=True)
     teacher, student = load_model(options.teacher), load_model(options.student)
     encoded = [records.encode(r, tokenizer, max_length=128) for r in records.read(options.data)]
-    found: dict[int, list[tuple[float, ...]]] = {extra: [] for extra in EXTRA}
-    columns: dict[int, list[int]] = {extra: [] for extra in EXTRA}
+    cases = [(0, "none"), *((extra, law) for law in LAWS for extra in EXTRA)]
+    found: dict[tuple[int, str], list[tuple[float, ...]]] = {case: [] for case in cases}
+    columns: dict[tuple[int, str], list[int]] = {case: [] for case in cases}
+    law: Tensor | None = None
     for start in range(0, len(encoded), options.answers):
-        batch = encoded[start : start + options.answers]
-        for extra in EXTRA:
-            draws = options.draws if extra else 1
-            rows, widths = compare(teacher, student, tokenizer.pad_token_id, batch, extra, draws)
-            found[extra] += rows
-            columns[extra] += widths
+        batch = read(teacher, student, tokenizer.pad_token_id, encoded[start:][: options.answers])
+        if law is not None:
+            for extra, name in cases:
+                draws = options.draws if extra else 1
+                rows, widths = compare(batch, extra, law if name == "student" else None, draws)
+                found[extra, name] += rows
+                columns[extra, name] += widths
+        law = mean_probabilities(batch)
     told = []
-    print("| m | columns | bias of log Z | spread of log Z | gradient, relative error | cosine |")
-    print("|---|---|---|---|---|---|")
-    for extra in EXTRA:
-        means = torch.tensor(found[extra]).mean(0).tolist()
-        width = sum(columns[extra]) / len(columns[extra])
-        told.append({"extra": extra, "columns": width, **dict(zip(NAMES, means, strict=True))})
+    print("| m | law | columns | bias of log Z | spread | gradient, relative error | cosine |")
+    print("|---|---|---|---|---|---|---|")
+    for extra, name in cases:
+        means = torch.tensor(found[extra, name]).mean(0).tolist()
+        width = sum(columns[extra, name]) / len(columns[extra, name])
+        named = dict(zip(NAMES, means, strict=True))
+        told.append({"extra": extra, "law": name, "columns": width, **named})
         bias, spread, error, cosine = means
         shown = f"{bias:+.4f} | {spread:.4f} | {error:.3f} | {cosine:.4f}"
-        print(f"| {extra} | {width:,.0f} | {shown} |")
+        print(f"| {extra} | {name} | {width:,.0f} | {shown} |")
     if options.json:
         options.json.write_text(json.dumps(told, indent=1) + "\n")
 
@@ -62,18 +80,11 @@ def main() -> None:
 NAMES = ("bias", "spread", "gradient_error", "gradient_cosine")
 
 
-def compare(
-    teacher: torch.nn.Module,
-    student: torch.nn.Module,
-    pad: int,
-    batch: list[records.Encoded],
-    extra: int,
-    draws: int,
-) -> tuple[list[tuple[float, ...]], list[int]]:
-    """For each draw: mean and spread over positions of log Z - its exact value, nats; and of the
-    gradient of the mean tail-bucket KL with respect to hidden states, the relative error and the
-    cosine."""
-    ids, mask, states, tokens = collate(batch, pad, torch.device("cpu"))
+def read(
+    teacher: torch.nn.Module, student: torch.nn.Module, pad: int, encoded: list[records.Encoded]
+) -> Batch:
+    """Both models' bodies, and the teacher's sets."""
+    ids, mask, states, tokens = collate(encoded, pad, torch.device("cpu"))
     heads = [lm_head(model) for model in (teacher, student)]
     with torch.no_grad():
         hidden = [
@@ -81,8 +92,23 @@ def compare(
             for model in (teacher, student)
         ]
     actions = ops.linear_select_actions(hidden[0], heads[0].weight, 64, 0.8, include=tokens)
-    leaf = hidden[1].requires_grad_()
-    weight = heads[1].weight.detach()
+    return Batch(hidden[1].requires_grad_(), heads[1].weight.detach(), tokens, actions)
+
+
+@torch.no_grad()
+def mean_probabilities(batch: Batch) -> Tensor:
+    """A law for the next batch: the student's, a tenth of it spread evenly."""
+    mean = (batch.hidden @ batch.weight.T).softmax(-1).mean(0)
+    return 0.9 * mean + 0.1 / mean.numel()
+
+
+def compare(
+    batch: Batch, extra: int, law: Tensor | None, draws: int
+) -> tuple[list[tuple[float, ...]], list[int]]:
+    """For each draw: mean and spread over positions of log Z - its exact value, nats; and of the
+    gradient of the mean tail-bucket KL with respect to hidden states, the relative error and the
+    cosine."""
+    leaf, weight, tokens, actions = batch
 
     def gradient(**normaliser: object) -> Tensor:
         loss = ops.linear_td_loss(
@@ -97,7 +123,7 @@ def compare(
     for seed in range(draws):
         generator = torch.Generator().manual_seed(seed)
         vocabulary = ops.batch_vocabulary(
-            actions, weight.shape[0], extra=extra, generator=generator
+            actions, weight.shape[0], extra=extra, law=law, generator=generator
         )
         with torch.no_grad():
             off = ops.linear_logsumexp(leaf, weight, vocabulary=vocabulary) - log_z

@@ -53,6 +53,7 @@ __all__ = [
     "linear_logsumexp",
     "linear_select_actions",
     "linear_td_loss",
+    "routes",
     "select_actions",
     "soft_value",
     "successors",
@@ -825,14 +826,11 @@ def linear_td_loss(
         impl=impl,
     )
     divisor = _divisor(rows, reduction, num_items_in_batch)
-    route = _routes.route(normaliser if _needs_normaliser(objective, q) else None)
-    if route == "gather":
+    if not _needs_normaliser(objective, q):
         gather = _head_rows_of(impl, flat, weight, rows.ids.shape[-1])
         terms = rows(gather(flat, weight, bias, rows.ids, scale), None)
         return _td_output(terms, actions, lead, reduction, divisor)
-    if route == "exact":
-        vocabulary = None
-    elif vocabulary is None:
+    if normaliser == "batch" and vocabulary is None:
         vocabulary = batch_vocabulary(
             used,
             weight.shape[0],
@@ -841,9 +839,9 @@ def linear_td_loss(
             capacity=_capacity(capacity, rows.ids, extra, weight.shape[0]),
             generator=generator,
         )
-        if not _routes.pays(flat.device.type, vocabulary.ids.numel(), weight.shape[0]):
+        if not _routes.pays(vocabulary.ids.numel(), weight.shape[0]):
             vocabulary = None
-    else:
+    elif vocabulary is not None:
         _holds(vocabulary, rows.ids, check)
     fused = _fused(impl, flat, weight, k=rows.ids.shape[-1])
     if fused and reduction != "none" and _in_forward(rows, flat, weight):
@@ -878,7 +876,7 @@ def _capacity(given: int | None, ids: Tensor, extra: int, columns: int) -> int |
 
 def _holds(vocabulary: Vocabulary, ids: Tensor, check: bool) -> None:
     """Refuses a vocabulary without some member; on GPUs on request, since it waits for them."""
-    if ids.is_cuda and not check:
+    if torch.compiler.is_compiling() or (ids.is_cuda and not check):
         return
     missing = (ids >= 0) & ~torch.isin(ids, vocabulary.ids)
     if bool(missing.any()):
@@ -886,6 +884,11 @@ def _holds(vocabulary: Vocabulary, ids: Tensor, check: bool) -> None:
             "vocabulary: expected every member of the action sets, but id "
             f"{int(ids[missing][0])} is not in it"
         )
+
+
+def routes(device: str = "cpu") -> str:
+    """The rule by which the linear forms choose their way, in words: ``tdkd info`` prints it."""
+    return _routes.describe(device)
 
 
 def _linear_rows_of(

@@ -7,7 +7,7 @@ import importlib
 import math
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -180,6 +180,39 @@ GPU_OPS = {
     "td_target": ("td_target", "td_target_backward"),
 }
 """Where the Triton kernels live, and which ops each home implements."""
+
+
+def raw_ops(device: torch.device | None = None) -> dict[str, tuple[Any, ...]]:
+    """Every operator that the ops call on the device, with arguments for `opcheck`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    x, v, grad_z, rest = normal(3, 4, 40), normal(6), normal(3, 4, 5), normal(3, 4)
+    ids = torch.randint(40, (3, 4, 5), generator=generator).to(device)
+    state = (torch.rand(3, 4, generator=generator) < 0.8).to(device)
+    weight = torch.rand(40, generator=generator).to(device)
+    successor = torch.tensor([1, 2, -1, 4, -2, -2], device=device)
+    few, scale = ids[0].remainder(4), (1.3, 5.0, 0.9)
+    backward = (grad_z, rest.double(), x, ids, rest.double(), *scale, None, None)
+    cases: dict[str, tuple[Any, ...]] = {
+        "select_actions": (x, 5, 0.9, *scale, ids[..., 0], state),
+        "gather_q": (x, ids, *scale),
+        "gather_q_backward": (grad_z, x, ids, *scale),
+        "student_rows": (x, ids, *scale, weight, state),
+        "student_rows_backward": backward,
+        "student_rows_backward_": backward,
+        "head_products": (x[0], x[1], x[0, 0, :4], few),
+        "head_products_backward": (grad_z[0], x[0], x[1], few, True),
+        "soft_value": (x,),
+        "soft_value_backward": (rest, x),
+        "td_target": (v, successor, v, 0.9, 0.5),
+        "td_target_backward": (v, successor, 0.9, 0.5),
+    }
+    if device is not None and device.type == "cuda":
+        del cases["student_rows_backward_"]  # there gradients have a place of their own
+    return cases
 
 
 @contextlib.contextmanager

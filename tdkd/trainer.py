@@ -6,6 +6,7 @@ What is ours is one step: hidden states of teacher and student, their heads, ``o
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -29,6 +30,8 @@ from tdkd.models import (
     load_model,
 )
 from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn, Objective, ObjectiveLike, ReverseKL
+
+logger = logging.getLogger("tdkd")
 
 Imitation = Literal["forward_kl", "reverse_kl", "cross_entropy", "none"]
 IMITATION = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL, "cross_entropy": CrossEntropy}
@@ -210,6 +213,8 @@ class TDTrainer(SFTTrainer):
         self.teacher: nn.Module | None = None
         if self.objective is not None:
             self.teacher = self._prepared_teacher(teacher_model, lm_head(student), args)
+            rule = ops.routes(self.accelerator.device.type)
+            logger.info("heads: normaliser %s; %s", args.normaliser, rule)
 
     def _prepared_teacher(
         self, given: str | PreTrainedModel | None, student: Head, args: TDConfig

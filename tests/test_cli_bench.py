@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from tdkd.benchmark import report
 from tdkd.benchmark.cases import MAX_COPIES, SUITES, Case, choose, make_inputs
+from tdkd.benchmark.linear import action_sets
 from tdkd.benchmark.measure import allocations, compared, measure, order, peak_extra_bytes
 from tdkd.benchmark.rivals import ANCHORS, Rival, Skip, rivals_of
 from tdkd.benchmark.run import Options, closing, run
@@ -379,3 +380,30 @@ def test_unknown_logits_are_refused():
         make_logits("flat", 1, 2, torch.float32, torch.Generator())
     with pytest.raises(UserError, match="vocab: expected"):
         make_logits("random", 1, 0, torch.float32, torch.Generator())
+
+
+@pytest.mark.parametrize("sets", ["real", "random"])
+@pytest.mark.parametrize("op", ["linear_td_loss", "linear_log_probs"])
+def test_rivals_from_hidden_states_do_the_same(op, sets):
+    """`dense` has the loss and the gradients of `tdkd`; `three products` is less."""
+    case = Case(op, 40, 700, k=8, sets=sets, hidden=16)
+    inputs = make_inputs(case)[0]
+    found = {
+        rival.name: rival.prepare(case)(inputs) for rival in rivals_of(case) if not rival.compiles
+    }
+    for got, expected in zip(found["tdkd"], found["dense"], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    if op == "linear_td_loss":
+        assert found["tdkd batch"][2].shape == found["tdkd gather"][2].shape == (700, 16)
+
+
+def test_real_sets_are_those_that_were_measured():
+    case = Case("linear_td_loss", 2048, 49_152)
+    actions, tokens = action_sets(case, torch.Generator())
+    held = actions.ids >= 0
+    assert (actions.ids == tokens[:, None]).any(-1).all()
+    assert torch.equal(actions.count, held.sum(-1).int())
+    assert actions.ids[held].unique().numel() == 5688  # as benchmarks/README.md says
+    spread, _ = action_sets(case._replace(vocab=151_936), torch.Generator())
+    assert torch.equal(spread.ids[held], 3 * actions.ids[held])
+    assert actions.mass.tolist() == pytest.approx([0.85] * 2048)

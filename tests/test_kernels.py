@@ -16,7 +16,7 @@ from tdkd import ops
 from tdkd.kernels import backends, gather_q, select_actions, soft_value, student_rows, td_target
 from tdkd.kernels.student_rows import reference as student_rows_reference
 from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn
-from tdkd.testing import SCALES, hard_rows, head_case, make_logits, ulps
+from tdkd.testing import SCALES, hard_rows, head_case, make_logits, raw_ops, ulps
 from tdkd.types import Scale
 
 pytestmark = pytest.mark.skipif(backends.MISSING is not None, reason=str(backends.MISSING))
@@ -397,51 +397,23 @@ def test_threads_and_autocast_change_nothing():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-OPTIONS = (1.3, 5.0, 0.9)
-
-
-def _opcheck_cases():
-    x = torch.randn(3, 4, 40)
-    ids = torch.randint(40, (3, 4, 5))
-    state = torch.rand(3, 4) < 0.8
-    weight = torch.rand(40)
-    v = torch.randn(6)
-    successor = torch.tensor([1, 2, -1, 4, -2, -2])
-    t = torch.ops.tdkd
-    return {
-        "select_actions": (t.select_actions, (x, 5, 0.9, *OPTIONS, ids[..., 0], state)),
-        "gather_q": (t.gather_q, (x, ids, *OPTIONS)),
-        "gather_q_backward": (t.gather_q_backward, (torch.randn(3, 4, 5), x, ids, *OPTIONS)),
-        "student_rows": (t.student_rows, (x, ids, *OPTIONS, weight, state)),
-        "student_rows_backward": (
-            t.student_rows_backward,
-            (
-                torch.randn(3, 4, 5),
-                torch.randn(3, 4, dtype=torch.float64),
-                x,
-                ids,
-                torch.randn(3, 4, dtype=torch.float64),
-                *OPTIONS,
-                None,
-                None,
-            ),
-        ),
-        "head_products": (t.head_products, (x[0], x[1], x[0, 0, :4], ids[0].remainder(4))),
-        "head_products_backward": (
-            t.head_products_backward,
-            (torch.randn(4, 5), x[0], x[1], ids[0].remainder(4), True),
-        ),
-        "soft_value": (t.soft_value, (x,)),
-        "soft_value_backward": (t.soft_value_backward, (torch.randn(3, 4), x)),
-        "td_target": (t.td_target, (v, successor, v, 0.9, 0.5)),
-        "td_target_backward": (t.td_target_backward, (v, successor, 0.9, 0.5)),
-    }
-
-
-@pytest.mark.parametrize("name", list(_opcheck_cases()))
+@pytest.mark.parametrize("name", list(raw_ops()))
 def test_opcheck(name):
-    op, arguments = _opcheck_cases()[name]
-    opcheck(op.default, arguments)
+    opcheck(getattr(torch.ops.tdkd, name).default, raw_ops()[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+def test_a_gradient_in_the_place_of_its_logits_is_the_same(dtype, scale):
+    logits = (torch.randn(5, 700) * 4).to(dtype)
+    ids = torch.randint(700, (5, 9))
+    ids[:, 3] = ids[:, 2]  # twice
+    ids[:, 8] = -1
+    z, log_rest = torch.ops.tdkd.student_rows(logits, ids, *scale, None, None)
+    given = torch.randn(5, 9), torch.randn(5, dtype=torch.float64), logits, ids, log_rest, *scale
+    expected = torch.ops.tdkd.student_rows_backward(*given, None, None)
+    torch.ops.tdkd.student_rows_backward_(*given, None, None)
+    assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize("objective", [IQLearn(alpha=1.0), ForwardKL(tail=True)], ids=repr)

@@ -16,7 +16,7 @@ from tdkd.kernels.student_rows import reference as student_rows_reference
 from tdkd.kernels.student_rows import student_rows
 from tdkd.kernels.tuning import Config
 from tdkd.objectives import ForwardKL, IQLearn
-from tdkd.testing import GPU_OPS, SCALES, hard_rows, head_case, interpreted, ulps
+from tdkd.testing import GPU_OPS, SCALES, hard_rows, head_case, interpreted, raw_ops, ulps
 from tdkd.types import Scale
 
 # NumPy tells what the interpreter computes: -inf - -inf, the log of 0
@@ -368,31 +368,6 @@ def test_two_runs_give_the_same_bits():
     assert torch.equal(first[1], second[1])
 
 
-OPTIONS = (1.3, None, 0.9)
-
-
-def opcheck_cases():
-    x = torch.randn(2, 3, 40, device=DEVICE)
-    ids = torch.randint(-1, 40, (2, 3, 4), device=DEVICE)
-    state = torch.tensor([[True, True, False], [True, True, True]], device=DEVICE)
-    weight = torch.rand(40, device=DEVICE)
-    grad_z, rest = torch.randn(2, 3, 4, device=DEVICE), torch.randn(2, 3, device=DEVICE).double()
-    v, successor = torch.randn(5, device=DEVICE), torch.tensor([1, -1, -2, 4, -1], device=DEVICE)
-    return {
-        "select_actions": (x, 5, 0.9, *OPTIONS, ids[..., 0], state),
-        "gather_q": (x, ids, *OPTIONS),
-        "gather_q_backward": (grad_z, x, ids, *OPTIONS),
-        "student_rows": (x, ids, *OPTIONS, weight, state),
-        "student_rows_backward": (grad_z, rest, x, ids, rest, *OPTIONS, None, None),
-        "head_products": (x[0], x[1], x[0, 0, :3], ids[0].remainder(3)),
-        "head_products_backward": (grad_z[0], x[0], x[1], ids[0].remainder(3), True),
-        "soft_value": (x,),
-        "soft_value_backward": (torch.randn(2, 3, device=DEVICE), x),
-        "td_target": (v, successor, v, 0.9, 0.5),
-        "td_target_backward": (v, successor, 0.9, 0.5),
-    }
-
-
 @pytest.mark.parametrize("name", [name for names in GPU_OPS.values() for name in names])
 def test_opcheck(name):
-    opcheck(getattr(torch.ops.tdkd, name).default, opcheck_cases()[name])
+    opcheck(getattr(torch.ops.tdkd, name).default, raw_ops(DEVICE)[name])

@@ -215,6 +215,10 @@ SUITES: dict[str, list[Case]] = {
     "gpu": [
         _select(8192, 151_936, dtype="bfloat16"),
         _td_loss(8192, 151_936, dtype="bfloat16"),
+        # Liger's shape, then Qwen2.5's vocabulary: both heads, loss and gradients
+        _linear_td_loss(8192, 128_256, hidden=4096, dtype="bfloat16"),
+        _linear_td_loss(8192, 151_936, hidden=3584, dtype="bfloat16", compiled=False),
+        _linear_select(8192, 151_936, hidden=3584, dtype="bfloat16", compiled=False),
         _select(8192, 128_256, dtype="bfloat16", compiled=False),
         _select(32_768, 32_000, dtype="bfloat16", compiled=False),
         _select(4096, 262_144, dtype="bfloat16", compiled=False),
@@ -228,6 +232,8 @@ SUITES: dict[str, list[Case]] = {
         _select(8192, 151_936, k=256, dtype="bfloat16", compiled=False),
         _select(8192, 151_936, k=1024, dtype="bfloat16", compiled=False),
         _gather_q(8192, 151_936, dtype="bfloat16"),
+        _linear_gather_q(8192, 151_936, hidden=3584, dtype="bfloat16", compiled=False),
+        _linear_log_probs(8192, 151_936, hidden=3584, dtype="bfloat16", compiled=False),
         _soft_value(8192),
         _td_target(8192),
         _select(8192, 151_936, dtype="bfloat16", logits="random", compiled=False),

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tdkd import ops
-from tdkd.benchmark.cases import Case, Inputs, Run, Skip, make_linear_inputs
+from tdkd.benchmark.cases import Case, Inputs, Run, make_linear_inputs
 from tdkd.objectives import ForwardKL
 
 SETS = Path(__file__).with_name("sets.npz")
@@ -35,29 +34,22 @@ def action_sets(case: Case, generator: torch.Generator) -> tuple[ops.ActionSet, 
     """Sets ``[N, k]`` and taken tokens ``[N]``, which are members.
 
     ``real``: those of a real teacher at p = 0.8, cut at k; in a larger vocabulary the same ones
-    spread out, so that the union is as large. ``random``: k random tokens each, the worst case.
+    spread out, so that the union is as large, and in a smaller one without what is not in it.
+    ``random``: k random tokens each, the worst case.
     """
     rows, k, vocab, device = case.rows, min(case.k, case.vocab), case.vocab, generator.device
     if case.sets == "real":
         import numpy as np
 
-        if vocab < SETS_VOCAB:
-            raise Skip(f"real sets are of a vocabulary of {SETS_VOCAB:,}")
         kept = np.load(SETS)
         count = torch.from_numpy(kept["count"].astype(np.int64))
-        ids = torch.full((count.numel(), int(count.max())), -1)
+        ids = torch.full((count.numel(), max(k, int(count.max()))), -1)
         held = torch.arange(ids.shape[1]) < count[:, None]
         ids[held] = torch.from_numpy(kept["members"].astype(np.int64))
-        taken = torch.from_numpy(kept["tokens"].astype(np.int64))
-        some = torch.arange(rows) % count.numel()
-        ids, tokens = ids[some, :k], taken[some]
-        if ids.shape[1] < k:
-            ids = F.pad(ids, (0, k - ids.shape[1]), value=-1)
-        spread = vocab // SETS_VOCAB
-        ids, tokens = (
-            torch.where(ids < 0, -1, ids * spread).to(device),
-            (tokens * spread).to(device),
-        )
+        some, spread = torch.arange(rows) % count.numel(), max(1, vocab // SETS_VOCAB)
+        ids, tokens = ids[some, :k], torch.from_numpy(kept["tokens"].astype(np.int64))[some]
+        ids = torch.where((ids < 0) | (ids * spread >= vocab), -1, ids * spread).to(device)
+        tokens = (tokens * spread % vocab).to(device)
         inside = (ids == tokens[:, None]).any(-1)
         ids[:, 0] = torch.where(inside, ids[:, 0], tokens)
     else:
@@ -93,6 +85,25 @@ def td_loss(objective: ForwardKL, **options: object) -> Callable[[Case], Run]:
         ).loss
 
     return _both_ways(loss)
+
+
+def both_heads(case: Case) -> Run:
+    """The teacher's head and selection, then the student's side by the batch vocabulary.
+
+    The student is given the case's sets: those of random teachers share nothing between rows.
+    """
+    given, learn = make_linear_inputs(case), td_loss(NORMALISED, normaliser="batch")(case)
+
+    def run(inputs: Inputs) -> tuple[object, ...]:
+        tokens = given.tokens
+        return (
+            ops.linear_select_actions(
+                given.teacher, given.teacher_weight, case.k, 0.8, include=tokens
+            ),
+            *learn(inputs),
+        )
+
+    return run
 
 
 def dense_loss(compiled: bool = False) -> Callable[[Case], Run]:

@@ -338,6 +338,9 @@ RIVALS: dict[str, list[Rival]] = {
         Rival("tdkd gather", linear.td_loss(linear.GATHERED, q="logit")),
         Rival("dense", linear.dense_loss()),
         Rival("torch.compile", linear.dense_loss(compiled=True), compiles=True),
+        # with the teacher's head
+        Rival("tdkd, both heads", linear.both_heads, device="cuda"),
+        Rival("Liger JSD, both heads", _liger, compiles=True, device="cuda"),
     ],
     "linear_log_probs": [
         Rival("copy", _copied, passes=2, device="cuda"),

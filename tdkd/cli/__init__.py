@@ -154,6 +154,34 @@ def _bench(
     )
 
 
+@app.command("verify")
+def _verify(
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, bfloat16, float16; may be repeated")
+    ] = None,
+    op: Annotated[list[str] | None, typer.Option(help="this op alone; may be repeated")] = None,
+    full: Annotated[
+        bool, typer.Option("--full/--quick", help="200 cases of each op and dtype, not 12")
+    ] = False,
+    cases: Annotated[int | None, typer.Option(help="in place of those numbers")] = None,
+    seed: Seed = 0,
+    json: Annotated[str | None, typer.Option(help="file to write; - is stdout")] = None,
+) -> int:
+    """Hold the kernels of this machine to the reference in float64; exit code 1 on a failure."""
+    from tdkd.cli.verify import run
+
+    return run(
+        device=device,
+        dtype=dtype or [],
+        op=op or [],
+        cases=cases,
+        full=full,
+        seed=seed,
+        output=json,
+    )
+
+
 @app.command(
     "distill",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 import tdkd
-from tdkd.kernels import backends, routes
+from tdkd import ops
+from tdkd.kernels import backends
 
 EXTRAS = {
     "triton": "triton",
@@ -44,5 +45,5 @@ def run() -> None:
     table.add_row("cpu kernels", backends.MISSING or backends.capability())
     table.add_row("gpu kernels", backends.GPU_MISSING or f"Triton, sets of {backends.GPU_MAX_K}")
     for device in ("cpu", "cuda"):
-        table.add_row(f"linear_td_loss, {device}", routes.describe(device))
+        table.add_row(f"linear_td_loss, {device}", ops.routes(device))
     Console().print(table)

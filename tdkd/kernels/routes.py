@@ -1,9 +1,8 @@
-"""The ways to a student's values on its sets, and the choice among them.
+"""Where the ways to a student's values on its sets cross.
 
-``gather``  k head rows a position where nothing needs the normaliser; products with the whole head
-            where k is large against V.
-``batch``   the columns of the batch vocabulary: where an estimate of the normaliser is asked for.
-``exact``   all columns, a chunk of rows at a time; everything else.
+Where nothing needs the normaliser, a position takes k head rows, or all of them if k is large
+against V. ``normaliser="batch"`` takes the columns of the batch vocabulary, or all of them if it
+holds most; ``"exact"`` takes all, a chunk of rows at a time.
 
 The bounds are where the measured costs cross. On CPU `tdkd bench --suite routes` measures them; on
 GPUs they are arithmetic from the memory that is read (not measured on a GPU yet).
@@ -11,11 +10,7 @@ GPUs they are arithmetic from the memory that is read (not measured on a GPU yet
 
 from __future__ import annotations
 
-from typing import Literal
-
-Route = Literal["gather", "batch", "exact"]
-
-BATCH_BELOW = {"cpu": 0.8, "cuda": 0.8}
+BATCH_BELOW = 0.8
 """M / V below which M gathered columns cost less than all."""
 
 
@@ -35,20 +30,9 @@ def gathers(device: str, k: int, columns: int, width: int) -> bool:
     return k < gather_below(device, columns, width) * columns
 
 
-def pays(device: str, held: int, columns: int) -> bool:
+def pays(held: int, columns: int) -> bool:
     """Whether a vocabulary that holds so many of the columns is to be used, or all of them."""
-    return held < BATCH_BELOW.get(device, BATCH_BELOW["cuda"]) * columns
-
-
-def route(normaliser: str | None) -> Route:
-    """The way of :func:`tdkd.ops.linear_td_loss`; ``normaliser`` is None where none is needed.
-
-    ``batch`` becomes ``exact`` in a batch whose vocabulary does not pay, and ``gather`` multiplies
-    with the whole head where that costs less.
-    """
-    if normaliser is None:
-        return "gather"
-    return "batch" if normaliser == "batch" else "exact"
+    return held < BATCH_BELOW * columns
 
 
 def describe(device: str) -> str:
@@ -57,5 +41,5 @@ def describe(device: str) -> str:
     gather = gather_below(device, columns, width) * columns
     return (
         f"no normaliser: k head rows if k < {gather:,.0f} (V = {columns:,}, H = {width}), else "
-        f"all; batch: M columns if M < {BATCH_BELOW[device]:g} V, else all; exact: all"
+        f"all; batch: M columns if M < {BATCH_BELOW:g} V, else all; exact: all"
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tdkd import ops
+from tdkd.kernels import head
 from tdkd.kernels.student_rows import reference as student_rows_reference
 from tdkd.kernels.student_rows import student_rows
 from tdkd.objectives import ForwardKL, IQLearn
@@ -273,3 +274,39 @@ def test_the_loss_from_hidden_states(dtype, normaliser):
     for mine, wanted in zip(got, exact, strict=True):
         error = (mine.double() - wanted).norm() / wanted.norm()
         assert error < share
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_in_forward_are_those_of_the_other_way(dtype, monkeypatch):
+    """An objective without successors needs no host: both ways agree, chunk by chunk."""
+    rows, width, vocab = 96, 256, 8192
+    monkeypatch.setitem(head.CHUNK_ELEMENTS, "cuda", 20 * vocab)
+    hidden = torch.randn(rows, width, device=GPU, generator=generator(1)).to(dtype)
+    weight = (torch.randn(vocab, width, device=GPU, generator=generator(2)) * 0.1).to(dtype)
+    teacher = torch.randn(rows, vocab, device=GPU, generator=generator(3)) * 3
+    tokens = torch.randint(vocab, (rows,), device=GPU, generator=generator(4))
+    actions = ops.select_actions(teacher, 64, 0.8, include=tokens)
+    results = []
+    for objective in (ForwardKL(tail=True), lambda rows: ForwardKL(tail=True)(rows)):
+        leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
+        out = ops.linear_td_loss(*leaves, tokens, actions=actions, objective=objective, gamma=0.0)
+        out.loss.backward()
+        results.append((out.loss.detach(), *(x.grad for x in leaves)))
+    for here, there in zip(*results, strict=True):
+        torch.testing.assert_close(here, there)
+
+
+def test_a_batch_vocabulary_with_a_capacity_can_be_captured():
+    vocab = 8192
+    teacher = torch.randn(64, vocab, device=GPU, generator=generator(1)) * 3
+    actions = ops.select_actions(teacher, 16, 0.8)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        vocabulary = ops.batch_vocabulary(actions, vocab, extra=100, capacity=2048)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    held = vocabulary.ids[vocabulary.ids >= 0]
+    union = actions.ids[actions.ids >= 0].unique()
+    assert torch.isin(union, held).all()
+    assert held.numel() == union.numel() + 100
