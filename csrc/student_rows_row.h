@@ -57,7 +57,8 @@ void student_row_backward(const T* x, const float* log_weight, int64_t n, const 
                           const std::vector<Slot>& slots, double log_rest, const float* grad_z,
                           float grad_rest, float* of_slots, T* grad) {
   // before x is overwritten
-  for (size_t s = 0; s < slots.size(); ++s) of_slots[s] = scale.derivative(to_float(x[slots[s].id]));
+  for (size_t s = 0; s < slots.size(); ++s)
+    of_slots[s] = scale.derivative(to_float(x[slots[s].id]));
   if (grad_rest == 0 || log_rest == -INFINITY) {
     std::fill(grad, grad + n, T{});
   } else {
