@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test bench sanitize oldest-triton instructions lint format clean help
+.PHONY: demo test nightly bench sanitize oldest-triton instructions lint format clean help
 
 help:
 	@echo "make demo    distil a small student on this machine and write runs/demo/report.md"
 	@echo "make test    lint, types and tests, as CI runs them"
+	@echo "make nightly 20,000 drawn cases of the ops, and 25 times as many of the property tests"
 	@echo "make bench   time the ops against their rivals; results in benchmarks/results/"
 	@echo "make sanitize      the op tests under AddressSanitizer and UBSan"
 	@echo "make oldest-triton the Triton kernels on Triton 3.6"
@@ -42,6 +43,11 @@ lint: $(VENV)/.ready
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=5
 	@echo "==> All tests passed. Next: make demo, then read runs/demo/report.md"
+
+# Cases of other seeds every day; a failure prints the command that gives it again.
+nightly: $(VENV)/.ready
+	$(BIN)/tdkd verify --cases 750 --seed $$(( $$(date +%j) * 1000 ))
+	TDKD_CASES=25 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_ops_properties.py
 
 bench: $(VENV)/.ready
 	$(BIN)/tdkd bench --suite cpu

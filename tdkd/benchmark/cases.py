@@ -204,7 +204,7 @@ SUITES: dict[str, list[Case]] = {
     + [
         _linear_gather_q(1024, vocab, k=k, compiled=False)
         for vocab in (2_000, 8_000, 32_000)
-        for k in (vocab // 32, vocab // 8, vocab // 2)
+        for k in (vocab // 32, vocab // 16, vocab // 8)
     ],
     "small": [
         _gather_q(512, 49_152),

@@ -11,6 +11,8 @@ from tdkd.kernels.linear_rows.reference import row_chunks
 
 CHUNK_ELEMENTS = {"cpu": 11 << 20, "cuda": 1 << 28}
 """Logits that exist at a time: 44 MiB on CPU; on GPUs enough to keep one busy."""
+SELECT_ELEMENTS = {"cpu": 12 << 20, "cuda": 1 << 28}
+"""The same for a selection, which needs no room for gradients beside them."""
 
 
 def chunk_rows(device: torch.device, columns: int) -> int:
@@ -18,9 +20,11 @@ def chunk_rows(device: torch.device, columns: int) -> int:
     return max(1, CHUNK_ELEMENTS[device.type] // max(1, columns))
 
 
-def chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+def chunks(
+    hidden: Tensor, weight: Tensor, elements: dict[str, int] = CHUNK_ELEMENTS
+) -> Iterator[slice]:
     """Slices over the rows of ``hidden``, at least one."""
-    return row_chunks(hidden.shape[0], weight.shape[0], CHUNK_ELEMENTS[hidden.device.type])
+    return row_chunks(hidden.shape[0], weight.shape[0], elements[hidden.device.type])
 
 
 class Head:

@@ -21,7 +21,7 @@ def gather_below(device: str, columns: int, width: int) -> float:
     the caches, which is where rows that are picked differ most from rows in order.
     """
     if device == "cpu":
-        return min(0.25, 0.3 * ((1 << 20) / max(1, columns * width)) ** 0.5)
+        return min(0.25, 0.24 * ((1 << 20) / max(1, columns * width)) ** 0.5)
     return 0.005
 
 
