@@ -113,25 +113,13 @@ class Dense(TDTrainer):
         successor: Tensor,
         num_items_in_batch: Tensor | int | None,
     ) -> ops.TDOutput:
-        args: TDConfig = self.args
         return ops.td_loss(
             F.linear(hidden, head.weight, head.bias),
             F.linear(teacher_hidden, teacher.weight, teacher.bias),
             tokens,
-            objective=self.objective,
-            q=args.q_level,  # type: ignore[arg-type]
-            k=args.action_top_k,
-            top_p=args.action_top_p,
-            gamma=args.gamma,
             successor=successor,
-            temperature=args.student_temperature,
-            teacher_temperature=args.teacher_temperature,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            teacher_softcap=teacher.softcap,
-            teacher_logit_scale=teacher.logit_scale,
-            vocab_size=args.vocab_size,
             num_items_in_batch=num_items_in_batch,
+            **self._td_options(head, teacher),
             impl=self.impl,
         )
 

@@ -9,8 +9,9 @@ everything, and counted as one that bootstraps):
 ``normalised``
     it reads ``rows.log_mass`` or ``rows.log_tail``: the student's full normaliser is computed.
 ``rowwise``
-    the loss of a row reads that row alone, and V' of its successor: the linear forms then compute
-    it a chunk of rows at a time, which spares them a product with the head.
+    the loss of a row reads that row alone, and V' of its successor, and has no parameters that
+    learn: the linear forms then compute it, with its gradient, a chunk of rows at a time, which
+    spares them a product with the head.
 
 ``ForwardKL(tail=True) + 0.1 * IQLearn()`` is an objective too.
 """

@@ -855,13 +855,14 @@ def linear_td_loss(
 
 def _in_forward(rows: TDRows, hidden: Tensor, weight: Tensor) -> bool:
     """Whether gradients can be made in forward: a chunk's loss must be a matter of its own rows
-    and their neighbours, and to look at these a GPU would have to wait for its host."""
+    and their neighbours, and to look at these a GPU would have to wait for its host. There products
+    of float16 would also lose what a loss scale, which comes in backward, is there to keep."""
     return (
         getattr(rows.objective, "rowwise", False)
         and torch.is_grad_enabled()
         and (hidden.requires_grad or weight.requires_grad)
         and not torch.compiler.is_compiling()
-        and not (hidden.is_cuda and rows.looks_ahead)
+        and not (hidden.is_cuda and (rows.looks_ahead or weight.dtype == torch.float16))
     )
 
 

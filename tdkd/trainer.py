@@ -346,25 +346,32 @@ class TDTrainer(SFTTrainer):
             tokens,
             teacher_hidden=teacher_hidden,
             teacher_weight=teacher.weight,
-            objective=self.objective,
-            q=args.q_level,  # type: ignore[arg-type]
             normaliser=args.normaliser,  # type: ignore[arg-type]
             extra=args.batch_vocabulary_extra,
-            k=args.action_top_k,
-            top_p=args.action_top_p,
-            gamma=args.gamma,
-            successor=successor,
-            temperature=args.student_temperature,
-            teacher_temperature=args.teacher_temperature,
             bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
             teacher_bias=teacher.bias,
-            teacher_softcap=teacher.softcap,
-            teacher_logit_scale=teacher.logit_scale,
-            vocab_size=args.vocab_size,
+            successor=successor,
             num_items_in_batch=num_items_in_batch,
+            **self._td_options(head, teacher),
         )
+
+    def _td_options(self, head: Head, teacher: Head) -> dict[str, Any]:
+        """What :func:`tdkd.ops.td_loss` takes as well."""
+        args: TDConfig = self.args
+        return {
+            "objective": self.objective,
+            "q": args.q_level,
+            "k": args.action_top_k,
+            "top_p": args.action_top_p,
+            "gamma": args.gamma,
+            "temperature": args.student_temperature,
+            "teacher_temperature": args.teacher_temperature,
+            "softcap": head.softcap,
+            "logit_scale": head.logit_scale,
+            "teacher_softcap": teacher.softcap,
+            "teacher_logit_scale": teacher.logit_scale,
+            "vocab_size": args.vocab_size,
+        }
 
     def _compile(self, model: nn.Module) -> None:
         """Compiles the body in place; accelerate compiles a wrapper, which would run the head."""

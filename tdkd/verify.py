@@ -8,7 +8,6 @@ the same bits.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -558,6 +557,5 @@ def _captured(problem: Problem) -> tuple[Tensor, ...]:
     with torch.cuda.graph(graph):
         outputs = problem.call(*problem.leaves, impl="fused")
     graph.replay()
-    with contextlib.suppress(RuntimeError):
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return outputs

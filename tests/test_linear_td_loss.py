@@ -174,6 +174,18 @@ def test_hidden_states_that_are_used_twice_and_other_dtypes(kind):
         assert (x.grad.double() - wanted.grad).abs().max() <= 2 * unit
 
 
+def test_a_loss_scale_keeps_small_gradients_of_float16():
+    """Gradients below what float16 holds: made in forward, scaled before they are rounded."""
+    leaves, tokens, actions = make(torch.float16, bias=False)
+    options = {"objective": OBJECTIVES[0], "num_items_in_batch": 1e9}
+    grads = torch.autograd.grad(65536.0 * loss(leaves, tokens, actions, **options).loss, leaves)
+    _, expected = exact_in_float64(leaves, tokens, actions, lambda o: 65536.0 * o.loss, **options)
+    for got, wanted in zip(grads, expected, strict=True):
+        assert wanted.abs().max() / 65536 < 2**-24  # float16 knows nothing so small
+        unit = torch.finfo(torch.float16).eps * wanted.abs().max()
+        assert (got.double() - wanted).abs().max() <= 2 * unit
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_what_is_frozen_gets_no_gradient(frozen):
     leaves, tokens, actions = make(bias=False)

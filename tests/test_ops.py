@@ -436,7 +436,6 @@ def test_linear_forms_never_hold_logits_of_all_rows(monkeypatch, normaliser, imp
 
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 4 * 1000)
     monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", 4 * 1000)
-    monkeypatch.setitem(head.SELECT_ELEMENTS, "cpu", 4 * 1000)
     rows, vocab = 64, 1000
     hidden = torch.randn(rows, 4, requires_grad=True)
     weight = torch.randn(vocab, 4, requires_grad=True)

@@ -11,8 +11,6 @@ from tdkd.kernels.linear_rows.reference import row_chunks
 
 CHUNK_ELEMENTS = {"cpu": 11 << 20, "cuda": 1 << 28}
 """Logits that exist at a time: 44 MiB on CPU; on GPUs enough to keep one busy."""
-SELECT_ELEMENTS = {"cpu": 12 << 20, "cuda": 1 << 28}
-"""The same for a selection, which needs no room for gradients beside them."""
 
 
 def chunk_rows(device: torch.device, columns: int) -> int:
@@ -20,11 +18,9 @@ def chunk_rows(device: torch.device, columns: int) -> int:
     return max(1, CHUNK_ELEMENTS[device.type] // max(1, columns))
 
 
-def chunks(
-    hidden: Tensor, weight: Tensor, elements: dict[str, int] = CHUNK_ELEMENTS
-) -> Iterator[slice]:
+def chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     """Slices over the rows of ``hidden``, at least one."""
-    return row_chunks(hidden.shape[0], weight.shape[0], elements[hidden.device.type])
+    return row_chunks(hidden.shape[0], weight.shape[0], CHUNK_ELEMENTS[hidden.device.type])
 
 
 class Head:
@@ -72,7 +68,7 @@ class Gradients:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]
     ) -> None:
         """``wanted``: whether hidden, weight and bias need one; the others stay None."""
-        self.hidden = torch.empty_like(hidden) if wanted[0] else None
+        self.hidden = torch.empty_like(hidden, dtype=torch.float32) if wanted[0] else None
         self.weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         self.bias = None
         if bias is not None and wanted[2]:
@@ -93,10 +89,11 @@ class Gradients:
                 else:
                     self.weight += product(grad.T, given)
 
-    def result(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Of hidden, weight and bias, in their dtypes."""
-        return (
-            self.hidden,
-            None if self.weight is None else self.weight.to(weight.dtype),
-            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
-        )
+    def result(self, *leaves: Tensor | None, factor: Tensor | None = None) -> list[Tensor | None]:
+        """Of the leaves hidden, weight and bias, in their dtypes; times a factor, once."""
+        made = []
+        for grad, leaf in zip((self.hidden, self.weight, self.bias), leaves, strict=True):
+            if grad is not None and factor is not None:
+                grad.mul_(factor)
+            made.append(None if grad is None or leaf is None else grad.to(leaf.dtype))
+        return made

@@ -97,7 +97,7 @@ class _DenseProducts(torch.autograd.Function):
         for rows in head.chunks(hidden, weight):
             logits = grad.new_zeros(grad[rows].shape[0], weight.shape[0])
             grads.add(logits.scatter_add_(-1, picked[rows], grad[rows]), rows, hidden, wide)
-        return *grads.result(weight, bias), None
+        return *grads.result(hidden, weight, bias), None
 
 
 def linear_gather_q(

@@ -83,7 +83,7 @@ def rows_backward(
     scale: Scale,
     log_weight: Tensor | None,
     wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
+) -> list[Tensor | None]:
     """Gradients of hidden, weight and bias, where wanted, from logits that are made again."""
     wide = head.Head(hidden, weight, bias)
     grads = head.Gradients(hidden, weight, bias, wanted)
@@ -93,7 +93,7 @@ def rows_backward(
             grad_z[rows], grad_rest[rows], logits, ids[rows], log_rest[rows], scale, log_weight
         )
         grads.add(grad, rows, hidden, wide)
-    return grads.result(weight, bias)
+    return grads.result(hidden, weight, bias)
 
 
 def linear_rows(

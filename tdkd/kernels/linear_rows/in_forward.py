@@ -86,7 +86,8 @@ class _Loss(torch.autograd.Function):
             grads.add(grad, chunk, hidden, wide)
         terms = rows(z, rest.float())
         ctx.save_for_backward(hidden, weight, bias, ids, log_weight, z, rest)
-        ctx.made = grads.result(weight, bias)
+        # float32 until the gradient of the loss is there, which may be a scale against underflow
+        ctx.made = grads
         ctx.rows, ctx.scale, ctx.divisor = rows, scale, divisor
         ctx.set_materialize_grads(False)
         return terms.loss.sum() / divisor, *terms[1:]
@@ -97,15 +98,14 @@ class _Loss(torch.autograd.Function):
         hidden, weight, bias, ids, log_weight, z, rest = ctx.saved_tensors
         made, ctx.made = ctx.made, None
         if made is not None and by_loss is not None and all(x is None for x in by_terms):
-            grads = tuple(x if x is None else x.mul_(by_loss) for x in made)
-            return *grads, *[None] * 6
+            return *made.result(hidden, weight, bias, factor=by_loss), *[None] * 6
         # a second backward, or one of q, value or td_error
-        given = zip((by_loss, *by_terms), range(4), strict=True)
         with torch.enable_grad():
             leaves = z.detach().requires_grad_(), rest.detach().requires_grad_()
             terms = ctx.rows(leaves[0], leaves[1].float())
             outputs = (terms.loss.sum() / ctx.divisor, *terms[1:])
-            wanted = [(outputs[i], grad) for grad, i in given if grad is not None]
+            pairs = zip(outputs, (by_loss, *by_terms), strict=True)
+            wanted = [(output, grad) for output, grad in pairs if grad is not None]
             of_z, of_rest = torch.autograd.grad(
                 [output for output, _ in wanted],
                 leaves,

@@ -30,6 +30,6 @@ def linear_select_actions(
             None if include is None else include[rows],
             None if state is None else state[rows],
         )
-        for rows in head.chunks(hidden, weight, head.SELECT_ELEMENTS)
+        for rows in head.chunks(hidden, weight)
     ]
     return ActionSet(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
