@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tdkd import ops
 from tdkd.benchmark.cases import Case, Inputs, Run, make_linear_inputs
+from tdkd.kernels import head
 from tdkd.objectives import ForwardKL
 
 SETS = Path(__file__).with_name("sets.npz")
@@ -134,6 +136,20 @@ def dense_log_probs(student: Student) -> Tensor:
     picked = torch.where(ids >= 0, log_q.gather(-1, ids.long().clamp(min=0)), -torch.inf)
     tail = torch.log1p(-picked.exp().sum(-1))
     return -torch.where(ids >= 0, picked, 0.0).sum() - tail.sum()
+
+
+def chunked_log_probs(student: Student) -> Tensor:
+    """The dense way on a chunk of rows at a time, made again in backward: no [N, V] in memory."""
+
+    def part(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        actions = student.actions._replace(ids=ids)
+        return dense_log_probs(student._replace(hidden=hidden, weight=weight, actions=actions))
+
+    total = student.hidden.new_zeros((), dtype=torch.float32)
+    for rows in head.chunks(student.hidden, student.weight):
+        given = student.hidden[rows], student.weight, student.actions.ids[rows]
+        total = total + checkpoint(part, *given, use_reentrant=False)
+    return total
 
 
 def both_ways(loss: Callable[[Student], Tensor], compiled: bool = False) -> Callable[[Case], Run]:

@@ -347,6 +347,7 @@ RIVALS: dict[str, list[Rival]] = {
         Rival("amax", _amax, passes=1),
         Rival("three products", linear.three_products),
         Rival("tdkd", linear.both_ways(linear.log_probs)),
+        Rival("torch chunks", linear.both_ways(linear.chunked_log_probs)),
         Rival("dense", linear.both_ways(linear.dense_log_probs)),
         Rival(
             "torch.compile", linear.both_ways(linear.dense_log_probs, compiled=True), compiles=True
