@@ -12,8 +12,8 @@ from tdkd.kernels.linear_rows.reference import row_chunks
 CHUNK_ELEMENTS = {"cpu": 11 << 20, "cuda": 1 << 28}
 """Logits that exist at a time: 44 MiB on CPU; on GPUs enough to keep one busy."""
 PANEL_COLUMNS = {"cpu": 2048, "cuda": 1 << 62}
-"""Columns of logits that one product makes. The CPU's library loses a fifth of its speed where a
-chunk has few rows and the head is whole; a part of the head that stays in cache has no such loss."""
+"""Columns of logits that one product makes. The CPU's library is a fifth slower where a chunk has
+few rows and the head is whole, and not so where the part of the head that it reads stays cached."""
 
 
 def chunk_rows(device: torch.device, columns: int) -> int:
