@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
+import json
 import math
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -180,6 +184,38 @@ GPU_OPS = {
     "td_target": ("td_target", "td_target_backward"),
 }
 """Where the Triton kernels live, and which ops each home implements."""
+
+
+def memory_events(call: Callable[[], object]) -> list[int]:
+    """Bytes of each tensor that a call allocates on CPU (positive) and frees, in order.
+
+    Results are freed after the last event. Scratch of a kernel's own is not among them.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(
+        activities=activities, profile_memory=True, acc_events=True
+    ) as profiler:
+        result = call()
+    del result
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events: list[dict[str, Any]] = json.loads(path.read_bytes())["traceEvents"]
+    memory = [e for e in events if e.get("name") == "[memory]"]
+    return [e["args"]["Bytes"] for e in sorted(memory, key=lambda e: e["ts"])]
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Most memory that the tensors made in a call take at a time, results included."""
+    if device.type == "cpu":
+        return max(itertools.accumulate(memory_events(call), initial=0))
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    del result
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def raw_ops(device: torch.device | None = None) -> dict[str, tuple[Any, ...]]:

@@ -21,8 +21,9 @@ from torch.library import opcheck
 from tdkd import ops
 from tdkd.errors import UserError
 from tdkd.kernels import backends
+from tdkd.kernels.head import CHUNK_ELEMENTS
 from tdkd.objectives import ForwardKL, IQLearn, Objective
-from tdkd.testing import LOGITS, SCALES, make_logits, raw_ops
+from tdkd.testing import LOGITS, SCALES, make_logits, peak_bytes, raw_ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OBJECTIVE: Objective = ForwardKL(tail=True) + 0.1 * IQLearn(alpha=1.0, stop_gradient="next")
@@ -519,6 +520,104 @@ def graph_findings(device: str) -> Iterator[Finding]:
                 lines = str(error).strip().splitlines()
                 finding.failures.append(f"{name}: {lines[0] if lines else type(error).__name__}")
         yield finding
+
+
+class Promise(NamedTuple):
+    """What an op says of its memory."""
+
+    call: Callable[[], object]
+    """forward, and backward where there is one; returns all that stays."""
+    allowed: int
+    """bytes that its tensors may take at a time, results and gradients included."""
+
+
+def memory_findings(device: str, ops_: Sequence[str] = tuple(SUBJECTS)) -> Iterator[Finding]:
+    """The most memory that a call takes at a time, against what the op's documentation says."""
+    backend, where = backend_of(device), torch.device(device)
+    for make in (_from_logits, _from_heads):
+        for op, promise in make(where).items():
+            if op not in ops_:
+                continue
+            finding = Finding(op, "memory", backend, cases=1)
+            try:
+                promise.call()  # what is made once and kept does not count
+                finding.worst = peak_bytes(promise.call, where) / promise.allowed
+            except Exception as error:
+                finding.failures.append(f"memory: {type(error).__name__}: {error}")
+            if finding.worst > 1.0:
+                share = f"{finding.worst:.3g} of the {promise.allowed:,} bytes"
+                finding.failures.append(f"memory: {share} that it may take")
+            yield finding
+
+
+def _both(total: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    return total.detach(), *torch.autograd.grad(total, leaves)
+
+
+def _from_logits(device: torch.device) -> dict[str, Promise]:
+    """No tensor of the logits' size but their gradient; a quarter of it is left for the rest."""
+    rows, vocab, k = 1024, 16_384, 64
+    generator = torch.Generator(device).manual_seed(0)
+    student, teacher = (
+        torch.randn(rows, vocab, generator=generator, device=device) for _ in range(2)
+    )
+    student.requires_grad_()
+    tokens = torch.arange(rows, device=device)
+    ids = tokens[:, None] + torch.arange(k, device=device)
+    rest = student.nbytes // 4
+
+    def gather() -> object:
+        return _both(ops.gather_q(student, ids, impl="fused").sum(), student)
+
+    def loss() -> object:
+        given = ops.td_loss(student, teacher, tokens, objective=OBJECTIVE, k=k, impl="fused")
+        return _both(given.loss, student)
+
+    return {
+        "select_actions": Promise(lambda: ops.select_actions(teacher, k, impl="fused"), rest),
+        "gather_q": Promise(gather, student.nbytes + rest),
+        "td_loss": Promise(loss, student.nbytes + rest),
+    }
+
+
+def _from_heads(device: torch.device) -> dict[str, Promise]:
+    """One chunk of logits of the four that there are, and the gradients."""
+    vocab, width, k = 16_384, 32, 64
+    rows = 4 * CHUNK_ELEMENTS[device.type] // vocab
+    generator = torch.Generator(device).manual_seed(0)
+    hidden, weight = (
+        torch.randn(n, width, generator=generator, device=device).requires_grad_()
+        for n in (rows, vocab)
+    )
+    tokens = torch.arange(rows, device=device) % vocab
+    ids = (tokens[:, None] + torch.arange(k, device=device)) % vocab
+    count = torch.full_like(tokens, k, dtype=torch.int32)
+    actions = ops.ActionSet(ids.int(), torch.full(ids.shape, -5.0, device=device), count)
+    chunk = 4 * CHUNK_ELEMENTS[device.type]
+    # added up in float32, then given; and sorted slots, weights, log-probabilities of [N, k]
+    rest = 2 * (hidden.nbytes + weight.nbytes) + 64 * ids.numel()
+
+    def gather() -> object:
+        q = ops.linear_gather_q(hidden, weight, ids, impl="fused")
+        return _both(q.sum(), hidden, weight)
+
+    def log_probs() -> object:
+        given = ops.linear_log_probs(hidden, weight, ids, impl="fused")
+        return _both(given.log_probs.sum(), hidden, weight)
+
+    def loss() -> object:
+        options: dict[str, Any] = {"objective": OBJECTIVE, "actions": actions, "impl": "fused"}
+        return _both(ops.linear_td_loss(hidden, weight, tokens, **options).loss, hidden, weight)
+
+    def select() -> object:
+        return ops.linear_select_actions(hidden, weight, k, impl="fused")
+
+    return {
+        "linear_gather_q": Promise(gather, rest),
+        "linear_log_probs": Promise(log_probs, chunk + rest),
+        "linear_select_actions": Promise(select, chunk + rest),
+        "linear_td_loss": Promise(loss, chunk + rest),
+    }
 
 
 def _plain(op: str, device: torch.device) -> Problem:

@@ -8,7 +8,7 @@ import torch
 from tdkd import ops, verify
 from tdkd.cli.verify import run
 from tdkd.errors import UserError
-from tdkd.kernels import backends, gather_q, select_actions
+from tdkd.kernels import backends, gather_q, linear_select_actions, select_actions
 
 pytestmark = pytest.mark.skipif(backends.MISSING is not None, reason=str(backends.MISSING))
 OPTIONS = {
@@ -29,8 +29,8 @@ def test_every_op_passes(op):
         assert finding.cases == 40
 
 
-def test_graphs_and_operators_pass():
-    for source in (verify.graph_findings, verify.raw_findings):
+def test_memory_graphs_and_operators_pass():
+    for source in (verify.memory_findings, verify.graph_findings, verify.raw_findings):
         for finding in source("cpu"):
             assert finding.passed, (finding.op, finding.failures)
 
@@ -74,6 +74,19 @@ def test_runs_that_differ_are_found(monkeypatch):
 
     monkeypatch.setattr(gather_q, "gather_q", noisy)
     assert any("two runs differ" in failure for failure in found("gather_q").failures)
+
+
+def test_logits_that_exist_whole_are_found(monkeypatch):
+    def whole(hidden, weight, *args):
+        return select_actions.select_actions(hidden @ weight.T, *args[1:])
+
+    monkeypatch.setattr(linear_select_actions, "linear_select_actions", whole)
+    findings = verify.memory_findings("cpu", ["select_actions", "linear_select_actions"])
+    passed = {finding.op: finding for finding in findings}
+    assert passed["select_actions"].passed
+    assert not passed["linear_select_actions"].passed
+    assert 2 < passed["linear_select_actions"].worst < 4
+    assert "bytes that it may take" in passed["linear_select_actions"].failures[0]
 
 
 def test_a_kernel_that_raises_is_one_failure_among_others(monkeypatch, capsys):

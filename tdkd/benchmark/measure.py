@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from tdkd.benchmark.cases import Case, Inputs, Run, Skip, make_inputs
 from tdkd.benchmark.rivals import ANCHORS, Rival
+from tdkd.testing import memory_events
 
 ENOUGH_SECONDS = {"cpu": 6.0, "cuda": 2.0}
 """A slow rival stops after two rounds, or when it has been timed so long, whichever is later."""
@@ -316,15 +315,7 @@ def _trim() -> None:
 def allocations(run: Run, inputs: Inputs, least: int) -> int | None:
     """Tensors of at least so many bytes that one call allocates; None if the profiler fails."""
     try:
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as profiler:
-            result = run(inputs)
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / "trace.json"
-            profiler.export_chrome_trace(str(path))
-            events: list[dict[str, Any]] = json.loads(path.read_bytes())["traceEvents"]
+        events = memory_events(lambda: run(inputs))
     except (RuntimeError, OSError, ValueError, KeyError):
         return None
-    del result
-    return sum(e.get("name") == "[memory]" and e["args"]["Bytes"] >= least for e in events)
+    return sum(size >= least for size in events)

@@ -45,15 +45,16 @@ def run(
             findings.append(finding)
             progress.advance(task)
     if not op and not dtype:
-        for source in (verify.graph_findings, verify.raw_findings):
+        for source in (verify.memory_findings, verify.graph_findings, verify.raw_findings):
             with console.status(source.__name__.split("_")[0]):
                 findings += source(device)
     table = Table(title=f"tdkd verify, {findings[0].backend}, torch {torch.__version__}")
-    for column in ("op", "dtype", "cases", "worst error / allowed", ""):
+    for column in ("op", "dtype", "cases", "worst / allowed", ""):
         table.add_column(column)
     for found in findings:
         verdict = "pass" if found.passed else "[red]FAIL[/red]"
-        worst = f"{found.worst:.3f}" if found.dtype in verify.DTYPES else ""
+        judged = found.dtype in verify.DTYPES or found.dtype == "memory"
+        worst = f"{found.worst:.3f}" if judged else ""
         table.add_row(found.op, found.dtype, str(found.cases), worst, verdict)
     console.print(table)
     failed = [found for found in findings if not found.passed]

@@ -1,0 +1,114 @@
+"""Training one student by one method: AdamW, warm-up, cosine; resumes where it was killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from data import Examples, order
+from methods import Method
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tdkd import records
+from tdkd.models import Head, last_hidden_state, lm_head
+
+CHECKPOINT_SECONDS = 600.0
+
+
+def train(
+    student: PreTrainedModel,
+    teacher: Head,
+    examples: Examples,
+    method: Method,
+    folder: Path,
+    *,
+    steps: int,
+    size: int,
+    rate: float,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Trains in place, writes ``model`` and ``log.json`` into the folder, and returns the log."""
+    student.train()
+    parameters = dict(student.named_parameters())
+    optimiser = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0, betas=(0.9, 0.95))
+    log: list[dict[str, Any]] = []
+    saved = folder / "checkpoint.safetensors"
+    if saved.exists():
+        log = _restore(saved, parameters, optimiser)
+    head, at = lm_head(student), time.monotonic()
+    for step, chosen in enumerate(order(len(examples), size, steps, seed)):
+        if step < len(log):
+            continue
+        for group in optimiser.param_groups:
+            group["lr"] = rate * schedule(step, steps)
+        began = time.perf_counter()
+        batch = examples.batch(chosen)
+        hidden = last_hidden_state(student, input_ids=batch.ids, attention_mask=batch.mask)
+        loss, told = method.loss(
+            hidden[batch.states], head, batch.teacher_hidden, teacher, batch.tokens, batch.successor
+        )
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        if not math.isfinite(float(norm)):
+            raise FloatingPointError(f"step {step}: gradient norm {float(norm)}")
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - began
+        log.append(
+            {"loss": float(loss), "grad_norm": float(norm), "tokens": batch.tokens.numel(),
+             "seconds": seconds, **told}
+        )  # fmt: skip
+        print(f"  {step + 1}/{steps} loss {float(loss):.4f} ({seconds:.1f} s)", flush=True)
+        if time.monotonic() - at > CHECKPOINT_SECONDS:
+            _save(saved, parameters, optimiser, log)
+            at = time.monotonic()
+    student.eval()
+    student.save_pretrained(folder / "model")
+    records.write_whole(folder / "log.json", log)
+    saved.unlink(missing_ok=True)
+    return log
+
+
+def schedule(step: int, steps: int) -> float:
+    """Linear over the first tenth, then a cosine to a tenth."""
+    warm = max(1, steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    along = (step - warm) / max(1, steps - warm)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * along))
+
+
+def _save(
+    path: Path, parameters: dict[str, Any], optimiser: torch.optim.AdamW, log: list[dict[str, Any]]
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        state = optimiser.state[parameter]
+        tensors[f"weight/{name}"] = parameter.detach()
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            tensors[f"{key}/{name}"] = state[key]
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata={"log": json.dumps(log)})
+    temporary.replace(path)
+
+
+def _restore(
+    path: Path, parameters: dict[str, Any], optimiser: torch.optim.AdamW
+) -> list[dict[str, Any]]:
+    from safetensors import safe_open
+
+    tensors = load_file(path)
+    for name, parameter in parameters.items():
+        with torch.no_grad():
+            parameter.copy_(tensors[f"weight/{name}"])
+        optimiser.state[parameter] = {
+            key: tensors[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq", "step")
+        }
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["log"])

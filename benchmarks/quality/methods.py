@@ -1,0 +1,128 @@
+"""The methods that are compared: each is a loss of one batch's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdkd import ops
+from tdkd.lm_loss import lm_cross_entropy
+from tdkd.models import Head
+from tdkd.objectives import ForwardKL, IQLearn, ObjectiveLike, ReverseKL
+from tdkd.published import published_loss
+
+Dense = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A loss; what it adds up is taken as a mean over the rows of a batch."""
+
+    words: str
+    objective: ObjectiveLike | None = None
+    dense: Dense | None = None
+    """of the logits of student and teacher ``[N, V]``, tokens and successor."""
+    lm_weight: float = 0.0
+    options: tuple[tuple[str, Any], ...] = ()
+    """of the op, beside ``k=64`` and ``top_p=0.8``."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.objective is not None or self.dense is not None
+
+    def loss(
+        self,
+        hidden: Tensor,
+        head: Head,
+        teacher_hidden: Tensor,
+        teacher: Head,
+        tokens: Tensor,
+        successor: Tensor,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss of N rows ``[N, H]``, and what there is to tell of it."""
+        total = hidden.new_zeros(())
+        told: dict[str, float] = {}
+        if self.objective is not None:
+            given = {"k": 64, "top_p": 0.8, "normaliser": "exact"} | dict(self.options)
+            out = ops.linear_td_loss(
+                hidden,
+                head.weight,
+                tokens,
+                teacher_hidden=teacher_hidden,
+                teacher_weight=teacher.weight,
+                successor=successor,
+                objective=self.objective,
+                **given,
+            )
+            total = total + out.loss
+            known = successor != -2
+            told["value"] = float(out.value.mean())
+            told["td_error"] = float(out.td_error[known].abs().mean())
+            told["teacher_mass"] = float(out.actions.mass.mean())
+        if self.dense is not None:
+            with torch.no_grad():
+                wanted = teacher_hidden @ teacher.weight.T
+            total = total + self.dense(hidden @ head.weight.T, wanted, tokens, successor)
+        if self.lm_weight:
+            total = total + self.lm_weight * lm_cross_entropy(hidden, head, tokens) / len(tokens)
+        return total, told
+
+
+def full_kl(student: Tensor, teacher: Tensor, tokens: Tensor, successor: Tensor) -> Tensor:
+    """KL(teacher || student) over the whole vocabulary."""
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def published(student: Tensor, teacher: Tensor, tokens: Tensor, successor: Tensor) -> Tensor:
+    """The authors' code on the rows of each response, one sequence at a time."""
+    ends = (successor < 0).nonzero().squeeze(-1) + 1
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    padding = -1  # no token: nothing is padded here
+    parts = [x.split(sizes) for x in (student, teacher, tokens)]
+    losses = [
+        published_loss(s[None], t[None], y[None], pad_token_id=padding)[0] * len(y)
+        for s, t, y in zip(*parts, strict=True)
+        if len(y) > 1
+    ]
+    return torch.stack(losses).sum() / len(tokens)
+
+
+KL = ForwardKL(tail=True)
+LOGIT = (("q", "logit"),)
+
+METHODS: dict[str, Method] = {
+    "sft": Method("cross-entropy on the teacher's answers (SeqKD)", lm_weight=1.0),
+    "kl-full": Method("forward KL, whole vocabulary (KD)", dense=full_kl),
+    "kl-tail": Method("forward KL, set and tail bucket", KL),
+    "kl-set": Method("forward KL, renormalised on the set", ForwardKL(), options=LOGIT),
+    "rkl-tail": Method("reverse KL, set and tail bucket", ReverseKL(tail=True)),
+    "iq-paper": Method(
+        "IQ-Learn chi2, alpha 0.1, raw logits (the paper)", IQLearn(), options=LOGIT
+    ),
+    "iq-identity": Method(
+        "IQ-Learn without chi2, raw logits (the paper's ablation)",
+        IQLearn("identity"),
+        options=LOGIT,
+    ),
+    "published": Method("the authors' code", dense=published),
+    "kl-tail+iq": Method(
+        "forward KL with tail + 0.05 IQ-Learn chi2, alpha 2, stop-gradient (the default)",
+        KL + 0.05 * IQLearn(alpha=2.0, stop_gradient="next"),
+    ),
+}
+
+
+def with_lm(name: str) -> Method:
+    """A method by its name; ``+lm`` at the end adds the LM loss."""
+    plain = name.removesuffix("+lm")
+    if plain not in METHODS:
+        raise SystemExit(f"method: expected one of {', '.join(METHODS)}, +lm or not, got {name}")
+    method = METHODS[plain]
+    if plain == name:
+        return method
+    return Method(method.words + " + LM", method.objective, method.dense, 1.0, method.options)

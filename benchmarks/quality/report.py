@@ -1,0 +1,92 @@
+"""Table and picture of what the methods taught."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from judge import POSITIONS
+
+from tdkd.benchmark.report import environment, write_json
+
+SHOWN = {
+    "kl": "KL",
+    "top1": "top-1",
+    "acceptance": "acceptance",
+    "perplexity": "perplexity",
+    "own_kl": "own KL",
+    "own_reverse_kl": "own reverse KL",
+    "own_acceptance": "own acceptance",
+}
+
+
+def one_line(scores: dict[str, Any]) -> str:
+    shown = [f"{label} {scores[name]:.4g}" for name, label in SHOWN.items()]
+    rouge = scores["rouge_l"]
+    return ", ".join([*shown, f"Rouge-L {rouge['mean']:.4f} +- {half(rouge):.4f}"])
+
+
+def half(rouge: dict[str, float]) -> float:
+    """Half the width of a confidence interval."""
+    return (rouge["high"] - rouge["low"]) / 2
+
+
+def results(work: Path) -> list[dict[str, Any]]:
+    found = [json.loads(p.read_text()) for p in sorted(work.glob("runs/*/result.json"))]
+    return sorted(found, key=lambda r: (r["start"], r["scores"]["kl"]))
+
+
+def write(work: Path, output: Path) -> None:
+    """``output``.json and .png, and a Markdown table on stdout."""
+    runs = results(work)
+    write_json(output.with_suffix(".json"), {**environment(), "runs": runs})
+    head = ["method", "start", "rate", "seed", *SHOWN.values(), "Rouge-L"]
+    print("| " + " | ".join(head) + " |")
+    print("|" + "---|" * len(head))
+    for run in runs:
+        scores = run["scores"]
+        values = [f"{scores[name]:.3f}" for name in SHOWN]
+        rouge = f"{scores['rouge_l']['mean']:.3f} ± {half(scores['rouge_l']):.3f}"
+        row = [run["method"], run["start"], f"{run['rate']:g}", str(run["seed"]), *values, rouge]
+        print("| " + " | ".join(row) + " |")
+    picture(runs, output.with_suffix(".png"))
+
+
+def picture(runs: list[dict[str, Any]], path: Path) -> None:
+    """KL by position on the student's own states, and scores beside each other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    chosen = [r for r in runs if r["start"] == "warm" or r["method"] in ("warm", "teacher")]
+    chosen = [r for r in chosen if r["method"] != "teacher"]
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    middle = [(low + high) / 2 for low, high in POSITIONS]
+    for run in chosen:
+        curve = run["scores"]["own_kl_by_position"]
+        shown = [(x, y) for x, y in zip(middle, curve, strict=True) if y is not None]
+        axes[0].plot(*zip(*shown, strict=True), marker="o", label=_label(run))
+    axes[0].set(
+        title="KL(teacher || student) on the student's own states",
+        xlabel="token of the answer",
+        ylabel="nats",
+    )
+    axes[0].legend(fontsize=7)
+    names = [_label(run) for run in chosen]
+    axes[1].barh(names, [run["scores"]["acceptance"] for run in chosen])
+    axes[1].set(title="acceptance on the teacher's answers")
+    rouge = [run["scores"]["rouge_l"] for run in chosen]
+    axes[2].barh(names, [r["mean"] for r in rouge], xerr=[half(r) for r in rouge])
+    axes[2].set(title="Rouge-L, sampled at temperature 1 (95 %)")
+    for axis in axes[1:]:
+        axis.tick_params(labelsize=7)
+    temporary = path.with_name(path.stem + ".tmp.png")
+    figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def _label(run: dict[str, Any]) -> str:
+    return f"{run['method']} {run['rate']:g}" + (f" s{run['seed']}" if run["seed"] > 1 else "")

@@ -1,0 +1,178 @@
+"""What each method teaches: the same student, data, order, steps and optimiser.
+
+    python benchmarks/quality/run.py --data DATA --models runs/demo --work runs/quality
+
+``--data`` is a folder with train.jsonl, dev.jsonl and eval_{dolly,selfinst,vicuna}.jsonl;
+``--models`` one with ``teacher`` and ``student-init`` (`make demo` makes both). What is done is not
+done again, and a killed run goes on where it was. ``--report`` writes the table and the picture
+from what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from data import EVAL_SETS, Examples, answers
+from judge import on_its_own, on_teacher
+from learn import train
+from methods import METHODS, with_lm
+from safetensors.torch import load_file
+
+from tdkd import records
+from tdkd.models import lm_head, load_model, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+WARM = "warm"
+
+
+class Bench:
+    """Models and data, read once; runs by name."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.work: Path = args.work
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.teacher = load_model(str(args.models / "teacher"), argument="models")
+        self.tokenizer = load_tokenizer(str(args.models / "teacher"), chat=True)
+        self.train, self.dev = (
+            Examples(
+                answers(
+                    args.models / "teacher",
+                    args.data / f"{split}.jsonl",
+                    self.work / f"{split}.jsonl",
+                    examples=count,
+                    prompt_tokens=args.prompt_tokens,
+                    new_tokens=args.new_tokens,
+                ),
+                self.teacher,
+                self.tokenizer,
+                self.work / f"{split}-hidden.npy",
+            )
+            for split, count in (("train", args.examples), ("dev", args.dev))
+        )
+        self.sets = {
+            name: [
+                record
+                for record in records.read(args.data / f"eval_{name}.jsonl")
+                if len(str(record["prompt"])) <= 4 * args.prompt_tokens
+            ][: args.prompts]
+            for name in EVAL_SETS
+        }
+
+    def run(self, name: str, rate: float, seed: int, start: str) -> None:
+        """One training and its scores, unless they are there."""
+        method = with_lm("sft" if name == WARM else name)
+        steps = self.args.warm_steps if name == WARM else self.args.steps
+        title = f"{name}-{rate:g}-{seed}-{start}"
+        folder = self.work / "runs" / title
+        result = folder / "result.json"
+        if result.exists():
+            return
+        print(f"== {title}: {method.words}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        student = self.student(start)
+        if (folder / "log.json").exists():
+            _load(student, folder / "model")
+            log = json.loads((folder / "log.json").read_text())
+        else:
+            log = train(
+                student, lm_head(self.teacher), self.train, method, folder,
+                steps=steps, size=self.args.batch, rate=rate, seed=seed,
+            )  # fmt: skip
+        scores = self.judge(student)
+        print(f"   {report.one_line(scores)}", flush=True)
+        settings = {
+            "method": name, "words": method.words, "rate": rate, "seed": seed, "start": start,
+            "steps": steps, "batch": self.args.batch, "tokens": sum(x["tokens"] for x in log),
+            "needs_teacher": method.needs_teacher,
+        }  # fmt: skip
+        losses = [x["loss"] for x in log]
+        records.write_whole(result, {**settings, "scores": scores, "losses": losses})
+        if name != WARM:
+            shutil.rmtree(folder / "model")
+
+    def student(self, start: str) -> Any:
+        student = load_model(str(self.args.models / "student-init"), argument="models")
+        if start == WARM:
+            title = f"{WARM}-{self.args.warm_rate:g}-0-cold"
+            _load(student, self.work / "runs" / title / "model")
+        return student
+
+    def judge(self, student: Any) -> dict[str, Any]:
+        student.eval()
+        return {
+            **on_teacher(student, lm_head(self.teacher), self.dev),
+            **on_its_own(
+                student, self.teacher, self.tokenizer, self.sets, new_tokens=self.args.new_tokens
+            ),
+        }
+
+    def start_scores(self) -> None:
+        """The scores of the students that methods start from, and the teacher's Rouge-L."""
+        for start, name in (("cold", "untrained"), ("teacher", "teacher")):
+            result = self.work / "runs" / name / "result.json"
+            if not result.exists():
+                model = self.teacher if start == "teacher" else self.student("cold")
+                scores = self.judge(model)
+                print(f"== {name}\n   {report.one_line(scores)}", flush=True)
+                records.write_whole(
+                    result,
+                    {"method": name, "words": name, "rate": 0.0, "seed": 0, "start": start,
+                     "steps": 0, "batch": 0, "tokens": 0, "needs_teacher": False,
+                     "scores": scores, "losses": []},
+                )  # fmt: skip
+
+
+def _load(student: Any, folder: Path) -> None:
+    missing, unexpected = student.load_state_dict(
+        load_file(folder / "model.safetensors"), strict=False
+    )
+    # a tied head is saved once
+    if unexpected or not set(missing) <= {"lm_head.weight"}:
+        raise SystemExit(f"{folder}: another model, without {missing} and with {unexpected}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--models", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="+lm adds the LM loss")
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--starts", nargs="+", choices=["cold", WARM], default=[WARM])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--warm-steps", type=int, default=60)
+    parser.add_argument("--warm-rate", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=16, help="sequences a step")
+    parser.add_argument("--examples", type=int, default=640)
+    parser.add_argument("--dev", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=32, help="of each evaluation set")
+    parser.add_argument("--prompt-tokens", type=int, default=48)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--report", action="store_true", help="only write table and picture")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if not args.report:
+        bench = Bench(args)
+        bench.run(WARM, args.warm_rate, 0, "cold")
+        for seed in args.seeds:
+            for rate in args.rates:
+                for start in args.starts:
+                    for name in args.methods:
+                        bench.run(name, rate, seed, start)
+        bench.start_scores()
+    report.write(args.work, ROOT / "benchmarks" / "results" / "quality")
+
+
+if __name__ == "__main__":
+    main()
