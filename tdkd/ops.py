@@ -89,7 +89,7 @@ def select_actions(
     whose probability reaches ``top_p`` (within 1e-5 of it, so that rounding decides nothing), at
     least one token and at most ``k``. ``top_p=1`` is plain top-k. Tokens with logit -inf are never
     members. A row with NaN, with +inf, or with nothing finite gives an empty set. No gradient.
-    The top-p candidate set of arXiv 2505.20335.
+    The top-p candidate set of arXiv 2505.20335. On a kernel no tensor of the logits' size is made.
 
     Args:
         logits: teacher logits ``(..., V)``; float64, float32, bfloat16 or float16.
@@ -310,7 +310,8 @@ def td_loss(
     Selects the teacher's action sets (the taken token always in), gathers the student's Q on them,
     takes soft values, bootstraps along ``successor`` and hands the rows to the objective
     (arXiv 2505.20335, section 4). Logits outside the sets matter through ``log Z`` alone
-    (``q="log_prob"``), or not at all (``q="logit"``).
+    (``q="log_prob"``), or not at all (``q="logit"``). On a kernel one tensor of their size is made,
+    the gradient of the student's (with ``vocab_size`` a second one, of its columns).
 
     Args:
         student_logits: ``(..., V)``; float64, float32, bfloat16 or float16.
@@ -416,7 +417,8 @@ def linear_select_actions(
 ) -> ActionSet:
     """``select_actions(hidden @ weight.T + bias)`` without the ``[N, V]`` logits in memory.
 
-    One chunk of rows has logits at a time. Products accumulate in float32. No gradient.
+    One chunk of rows has logits at a time, 44 MiB of them on CPU and 1 GiB on a GPU. Products
+    accumulate in float32. No gradient.
 
     Args:
         hidden: the teacher's last hidden states ``(..., H)``.
@@ -574,7 +576,8 @@ def linear_log_probs(
 
     What a top-k KL and its tail bucket need, as ``linear_gather_q - linear_logsumexp`` would give
     it, but from one pass over the head forward, and one backward whose gradient is
-    ``softmax - target``, logits being computed again. Nothing of size ``[N, V]`` exists.
+    ``softmax - target``, logits being computed again, a chunk of rows at a time as in
+    :func:`linear_select_actions`. Nothing of size ``[N, V]`` exists.
     Differentiable in ``hidden``, ``weight`` and ``bias``. The tail is no difference from 1, so
     it is exact where the ids hold nearly all.
 
@@ -709,6 +712,8 @@ def linear_td_loss(
     impl: Impl = "auto",
 ) -> TDOutput:
     """:func:`td_loss` from hidden states and heads, without either model's ``[N, V]`` logits.
+
+    One chunk of rows has logits at a time, as in :func:`linear_select_actions`.
 
     The teacher is live (``teacher_hidden`` and ``teacher_weight``) or given as ``actions``, which
     must hold the taken tokens (``include=tokens``).

@@ -192,9 +192,12 @@ def memory_events(call: Callable[[], object]) -> list[int]:
     Results are freed after the last event. Scratch of a kernel's own is not among them.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(
-        activities=activities, profile_memory=True, acc_events=True
-    ) as profiler:
+    with (
+        _nothing_on_stderr(),
+        torch.profiler.profile(
+            activities=activities, profile_memory=True, acc_events=True
+        ) as profiler,
+    ):
         result = call()
     del result
     with tempfile.TemporaryDirectory() as directory:
@@ -203,6 +206,19 @@ def memory_events(call: Callable[[], object]) -> list[int]:
         events: list[dict[str, Any]] = json.loads(path.read_bytes())["traceEvents"]
     memory = [e for e in events if e.get("name") == "[memory]"]
     return [e["args"]["Bytes"] for e in sorted(memory, key=lambda e: e["ts"])]
+
+
+@contextlib.contextmanager
+def _nothing_on_stderr() -> Iterator[None]:
+    """torch's profiler announces itself there, in C++, and no setting silences it."""
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
