@@ -102,6 +102,46 @@ def _evaluate(
     )
 
 
+@app.command("inspect")
+def _inspect(
+    model: Annotated[str, typer.Option(help="directory of the teacher")],
+    data: Annotated[
+        str, typer.Option(help="JSONL with prompts; the teacher answers where no completion is")
+    ],
+    output: Annotated[str | None, typer.Option(help="JSON to write, and a PNG beside it")] = None,
+    max_examples: Annotated[int | None, typer.Option(help="the first so many records")] = None,
+    top_p: Annotated[float, typer.Option(help="that the recommendation is for")] = 0.8,
+    cut: Annotated[
+        float, typer.Option(help="share of positions at which k may cut the nucleus")
+    ] = 0.05,
+    gamma: Annotated[float, typer.Option(help="discount, of the bound kappa(p)")] = 0.99,
+    max_k: Annotated[int, typer.Option(help="tokens of a position that are looked at")] = 1024,
+    max_length: Annotated[int, typer.Option(help="tokens of prompt and completion")] = 512,
+    batch_size: Annotated[int, typer.Option(help="sequences at a time")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="length of an answer")] = 128,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Measure how a teacher spreads its probability, and choose action_top_k and action_top_p."""
+    from tdkd.cli.inspect import run
+
+    run(
+        model=model,
+        data=data,
+        output=output,
+        max_examples=max_examples,
+        top_p=top_p,
+        cut=cut,
+        gamma=gamma,
+        max_k=max_k,
+        max_length=max_length,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        device=device,
+    )
+
+
 @app.command("bench")
 def _bench(
     suite: Annotated[str, typer.Option(help="quick, cpu, small, adversarial, gpu")] = "quick",
