@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tdkd.kernels.td_target.reference import next_value
+from tdkd.kernels.td_target.reference import next_value, td_target
 from tdkd.objectives import ObjectiveLike
 from tdkd.types import Rows
 
@@ -40,6 +40,8 @@ class TDRows:
     """bool ``[N]``: a taken token that is in its set."""
     successor: Tensor
     """int64 ``[N]``: of states, among states; -1 terminal, -2 unknown."""
+    initial: Tensor | None
+    """``[N]``: as in :class:`tdkd.types.Rows`."""
     objective: ObjectiveLike
     log_prob: bool
     """whether Q is the log-probability, not the logit."""
@@ -71,7 +73,12 @@ class TDRows:
             exists = (successor < 0) | state.gather(0, successor.clamp(min=0))
         successor = torch.where(state & exists, successor, -2)
         slot = here.int().argmax(-1) * state
-        return cls(ids, log_probs, slot, state, successor, objective, log_prob, gamma, soft_value)
+        initial = None
+        if getattr(objective, "starts", True):
+            initial = _initial(state, successor, bool(gamma))
+        return cls(
+            ids, log_probs, slot, state, successor, initial, objective, log_prob, gamma, soft_value
+        )
 
     @property
     def looks_ahead(self) -> bool:
@@ -98,6 +105,7 @@ class TDRows:
             slot=self.slot[index],
             state=self.state[index],
             successor=successor,
+            initial=None if self.initial is None else self.initial[index],
         )
 
     def __call__(self, z: Tensor, log_rest: Tensor | None) -> RowTerms:
@@ -129,6 +137,7 @@ class TDRows:
             gamma=self.gamma,
             log_mass=log_mass,
             log_tail=log_tail,
+            initial=None if self.initial is None else self.initial.to(value.dtype),
         )
         per_row = self.objective(rows)
         if per_row.shape != value.shape:
@@ -140,3 +149,14 @@ class TDRows:
         q_taken = torch.where(state, rows.taken(rows.q), 0.0)
         td_error = torch.where(rows.bootstrapped, q_taken - self.gamma * rows.next_value, 0.0)
         return RowTerms(per_row, q_taken, value, td_error)
+
+
+def _initial(state: Tensor, successor: Tensor, discounted: bool) -> Tensor:
+    """float32 ``[N]``: rows of a response that count, on its first row; 0 elsewhere."""
+    count = state.numel()
+    follows = state.new_zeros(count + 1)
+    follows[torch.where(successor >= 0, successor, count)] = True
+    # the return of a reward of 1 a row; a row that was cut off holds its own value
+    last = torch.zeros(count, device=state.device) if discounted else state.float()
+    length = td_target(last, successor, torch.ones_like(last), gamma=1.0, lam=1.0)
+    return torch.where(state & ~follows[:count], length, 0.0)

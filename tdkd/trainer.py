@@ -29,7 +29,16 @@ from tdkd.models import (
     lm_head,
     load_model,
 )
-from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn, Objective, ObjectiveLike, ReverseKL
+from tdkd.objectives import (
+    CrossEntropy,
+    ForwardKL,
+    IQLearn,
+    Objective,
+    ObjectiveLike,
+    ReverseKL,
+    parse,
+)
+from tdkd.objectives.inverse import PHIS
 
 logger = logging.getLogger("tdkd")
 
@@ -41,7 +50,8 @@ IMITATION = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL, "cross_entropy": 
 class TDConfig(SFTConfig):
     """:class:`trl.SFTConfig` with what TD distillation adds.
 
-    The loss of a step is ``imitation_weight * imitation + td_weight * IQ-Learn + lm_weight * LM``.
+    The loss of a step is ``imitation_weight * imitation + td_weight * IQ-Learn + lm_weight * LM``,
+    or ``objective + lm_weight * LM`` with any sum of the objectives of :mod:`tdkd.objectives`.
     The defaults are what learned in prototypes: a normalised imitation term, and beside it a
     small TD term on log-probabilities. With the first two weights 0 the trainer is a plain
     supervised warm start and needs no teacher.
@@ -72,6 +82,13 @@ class TDConfig(SFTConfig):
     batch_vocabulary_extra: int = field(
         default=1024, metadata={"help": "Columns that the batch vocabulary samples."}
     )
+    objective: str | None = field(
+        default=None,
+        metadata={
+            "help": "In place of the imitation and td fields: a sum of objectives by name, such as "
+            "\"ForwardKL(tail=True) + 0.1 * IQLearn('js', alpha=1.0)\"."
+        },
+    )
     imitation: str = field(
         default="forward_kl",
         metadata={"help": "'forward_kl', 'reverse_kl' or 'cross_entropy' on the set, or 'none'."},
@@ -82,9 +99,9 @@ class TDConfig(SFTConfig):
     )
     imitation_weight: float = field(default=1.0, metadata={"help": "Weight of the imitation term."})
     td_weight: float = field(default=0.1, metadata={"help": "Weight of the IQ-Learn term."})
-    td_phi: str = field(default="chi2", metadata={"help": "'chi2' or 'identity'."})
+    td_phi: str = field(default="chi2", metadata={"help": f"One of {', '.join(PHIS)}."})
     td_alpha: float = field(
-        default=1.0, metadata={"help": "Strength of chi2 (the paper's 0.1 is much stronger)."}
+        default=1.0, metadata={"help": "Strength of phi (the paper's 0.1 is much stronger)."}
     )
     td_expectation: str = field(
         default="token", metadata={"help": "'token' (the taken one) or 'teacher' (over the set)."}
@@ -111,7 +128,7 @@ class TDConfig(SFTConfig):
             "q_level": get_args(ops.Level),
             "normaliser": get_args(ops.Normaliser),
             "imitation": get_args(Imitation),
-            "td_phi": ("chi2", "identity"),
+            "td_phi": tuple(PHIS),
             "td_expectation": ("token", "teacher"),
         }
         for name, allowed in choices.items():
@@ -139,7 +156,14 @@ class TDConfig(SFTConfig):
         for name, (fits, expected) in ranges.items():
             if not fits:
                 raise UserError(f"{name}: expected a number {expected}, got {getattr(self, name)}")
-        if self.objective() is None and self.lm_weight == 0:
+        if self.objective is not None:
+            for name, known in self.__dataclass_fields__.items():
+                given = getattr(self, name)
+                if name.startswith(("imitation", "td_")) and given != known.default:
+                    raise UserError(
+                        f"{name}: expected it to be left out beside objective, got {given!r}"
+                    )
+        if self.build_objective() is None and self.lm_weight == 0:
             raise UserError(
                 "lm_weight: expected a number > 0 where td_weight and the imitation term are 0, "
                 "got 0"
@@ -148,8 +172,17 @@ class TDConfig(SFTConfig):
             self.bf16 = False
         super().__post_init__()
 
-    def objective(self) -> Objective | None:
-        """The objective that the fields describe; None for a plain warm start."""
+    def build_objective(self) -> Objective | None:
+        """The objective that the fields describe; None for a plain warm start.
+
+        Raises:
+            UserError: ``objective`` is no sum of objectives.
+        """
+        if self.objective is not None:
+            try:
+                return parse(self.objective)
+            except ValueError as error:
+                raise UserError(str(error)) from error
         terms: list[Objective] = []
         if self.imitation != "none" and self.imitation_weight:
             terms.append(
@@ -201,7 +234,7 @@ class TDTrainer(SFTTrainer):
         super().__init__(model=model, args=args, **trainer)
         # the losses below honour num_items_in_batch, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
-        self.objective = args.objective() if objective is None else objective
+        self.objective = args.build_objective() if objective is None else objective
         self._redirect = _ForwardRedirection()
         student = self._unwrapped(self.model)
         # weights that are sharded from the start cannot run without their wrapper

@@ -117,6 +117,9 @@ class Rows:
     """``[N]``: log of the student's full-vocabulary mass on the set; None if not asked for."""
     log_tail: Tensor | None = None
     """``[N]``: log of the student's mass outside the set; None if not asked for."""
+    initial: Tensor | None = None
+    """``[N]``: on the first row of each response, how many of its rows have a known V' (all of its
+    states, at gamma = 0); 0 elsewhere; None if not asked for."""
 
     @property
     def bootstrapped(self) -> Tensor:
@@ -126,6 +129,14 @@ class Rows:
     def taken(self, per_slot: Tensor) -> Tensor:
         """``[N]``: the entry of ``per_slot [N, k]`` that belongs to the taken token."""
         return per_slot.gather(-1, self.slot.unsqueeze(-1)).squeeze(-1)
+
+    def following(self, per_row: Tensor) -> Tensor:
+        """``[N]``: the entry of ``per_row [N]`` of each row's successor; 0 where it has none, or an
+        unknown one."""
+        if not per_row.numel():
+            return per_row
+        successor = self.successor.clamp(min=0)
+        return torch.where(self.successor >= 0, per_row.gather(0, successor), 0.0)
 
     @property
     def teacher_log_mass(self) -> Tensor:

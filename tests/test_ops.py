@@ -5,8 +5,20 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tdkd import nn, objectives, ops
-from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn, ReverseKL
+from tdkd import nn, ops
+from tdkd.objectives import (
+    JSD,
+    LK,
+    LSIQ,
+    SQIL,
+    CrossEntropy,
+    ForwardKL,
+    IQLearn,
+    ReverseKL,
+    SkewKL,
+    SoftTD,
+    TotalVariation,
+)
 
 V, K = 40, 6
 OBJECTIVES = [
@@ -21,6 +33,22 @@ OBJECTIVES = [
     CrossEntropy(),
     CrossEntropy(tail=True),
     ForwardKL(tail=True) + 0.1 * IQLearn(alpha=1.0, stop_gradient="next"),
+    *(IQLearn(phi, alpha=1.0) for phi in ("reverse_kl", "forward_kl", "hellinger", "js", "tv")),
+    IQLearn("js", alpha=1.0, expectation="teacher"),
+    IQLearn(alpha=1.0, value="initial"),
+    LSIQ(stop_gradient=None),
+    LSIQ(0.2, expert="fixed", clip=False, stop_gradient=None),
+    LSIQ(),
+    SQIL(stop_gradient=None),
+    SQIL(),
+    SoftTD(),
+    SoftTD(stop_gradient=None),
+    SoftTD(3, stop_gradient=None, huber=1.5),
+    SoftTD(lam=0.7, stop_gradient=None),
+    *(kind(tail=tail) for kind in (JSD, SkewKL, TotalVariation, LK) for tail in (False, True)),
+    SkewKL(0.3, reverse=True, tail=True),
+    LK("hybrid"),
+    JSD(0.2, tail=True) + 0.3 * SoftTD(lam=0.5, stop_gradient=None) + IQLearn(value="initial"),
 ]
 
 
@@ -493,7 +521,7 @@ def test_gradcheck_of_every_op(heads, batch):
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 @pytest.mark.parametrize("q", ["logit", "log_prob"])
 def test_gradcheck_of_every_objective(heads, batch, objective, q):
-    if getattr(objective, "stop_gradient", None) or isinstance(objective, objectives.Weighted):
+    if "'next'" in repr(objective) or getattr(objective, "form", "") == "hybrid":
         objective = IQLearn(alpha=0.5) + 2 * ForwardKL(tail=True)  # a detached path has no check
     student, teacher, tokens = batch
     tokens = tokens[:, 1:5]
@@ -539,9 +567,10 @@ def test_low_precision_inputs_are_read_in_float32(batch, dtype, objective):
     assert out.loss.dtype == out.actions.log_probs.dtype == torch.float32
     assert torch.equal(out.actions.ids, reference.actions.ids)
     torch.testing.assert_close(out.loss.double(), reference.loss, rtol=1e-5, atol=1e-6)
-    (grad,) = gradient(out, low)
+    # under a loss scale, since float16 has no gradients below 6e-8
+    (grad,) = torch.autograd.grad(64 * out.loss, low)
     assert grad.dtype == dtype
-    (grad_exact,) = gradient(reference, exact)
+    (grad_exact,) = torch.autograd.grad(64 * reference.loss, exact)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(
         grad.double(), grad_exact, rtol=2 * eps, atol=2e-6 * float(grad_exact.abs().max())
@@ -730,7 +759,7 @@ REFUSED = {
         lambda: ops.batch_vocabulary(ops.select_actions(torch.zeros(1, 5), 2), 5, extra=-1),
         "extra: .*got -1",
     ),
-    "phi": (lambda: IQLearn("chi"), "phi: expected one of 'chi2', 'identity', got 'chi'"),
+    "phi": (lambda: IQLearn("chi"), "phi: expected one of 'chi2', .*'identity', got 'chi'"),
     "alpha": (lambda: IQLearn(alpha=0.0), "alpha: expected a number > 0, got 0.0"),
     "expectation": (lambda: IQLearn(expectation="all"), "expectation: .*got 'all'"),
     "stop_gradient": (lambda: IQLearn(stop_gradient="v"), "stop_gradient: .*got 'v'"),

@@ -429,6 +429,6 @@ def test_two_processes_equal_one(tmp_path, tiny_teacher, tiny_student):
 
 
 def test_objective_of_the_config(tmp_path):
-    objective = config(tmp_path).objective()
+    objective = config(tmp_path).build_objective()
     expected = 1.0 * ForwardKL(tail=True) + 0.1 * IQLearn(alpha=1.0, stop_gradient="next")
     assert repr(objective) == repr(expected)

@@ -1,0 +1,52 @@
+"""TD objectives and the behaviour-cloning baselines on the same action set.
+
+An objective is a callable from :class:`tdkd.types.Rows` to one loss a row, ``[N]``; a plain
+function will do. Four attributes tell the ops what it needs (a function without them is given
+everything, and counted as one that bootstraps):
+
+``bootstraps``
+    it reads V' of the successor: rows whose response was cut off do not count.
+``normalised``
+    it reads ``rows.log_mass`` or ``rows.log_tail``: the student's full normaliser is computed.
+``rowwise``
+    the loss of a row reads that row alone, and V' and the teacher's side of its successor, and has
+    no parameters that learn: the linear forms then compute it, with its gradient, a chunk of rows
+    at a time, which spares them a product with the head.
+``starts``
+    it reads ``rows.initial``, which is then computed.
+
+``ForwardKL(tail=True) + 0.1 * IQLearn()`` is an objective too, and :func:`parse` makes it from that
+text. ``docs/objectives.md`` lists all of them and shows how to write one.
+"""
+
+from tdkd.objectives.base import Objective, ObjectiveLike, Weighted
+from tdkd.objectives.imitation import (
+    JSD,
+    LK,
+    CrossEntropy,
+    ForwardKL,
+    ReverseKL,
+    SkewKL,
+    TotalVariation,
+)
+from tdkd.objectives.inverse import LSIQ, SQIL, IQLearn
+from tdkd.objectives.soft_td import SoftTD
+from tdkd.objectives.text import parse
+
+__all__ = [
+    "JSD",
+    "LK",
+    "LSIQ",
+    "SQIL",
+    "CrossEntropy",
+    "ForwardKL",
+    "IQLearn",
+    "Objective",
+    "ObjectiveLike",
+    "ReverseKL",
+    "SkewKL",
+    "SoftTD",
+    "TotalVariation",
+    "Weighted",
+    "parse",
+]

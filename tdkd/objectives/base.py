@@ -1,0 +1,104 @@
+"""What objectives have in common: flags, weighted sums, and checks of their options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tdkd.types import Rows
+
+
+class Objective:
+    """Base of the built-in objectives: gives them ``+`` and ``*`` and a readable ``repr``."""
+
+    bootstraps: bool = False
+    normalised: bool = False
+    rowwise: bool = False
+    starts: bool = False
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it reads V' at all; the rows of a sum may count without it."""
+        return self.bootstraps
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """One loss a row, ``[N]``; entries of rows that are no states are ignored."""
+        raise NotImplementedError
+
+    def __add__(self, other: Objective) -> Objective:
+        return Weighted([*_terms(self), *_terms(other)])
+
+    def __mul__(self, weight: float) -> Objective:
+        return Weighted([(weight * w, objective) for w, objective in _terms(self)])
+
+    __rmul__ = __mul__
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({fields})"
+
+
+class Weighted(Objective):
+    """``sum_j w_j objective_j``; a term that bootstraps gives 0 where V' is unknown.
+
+    Args:
+        terms: pairs ``(weight, objective)``.
+    """
+
+    def __init__(self, terms: list[tuple[float, Objective]]) -> None:
+        self.terms = terms
+        self.bootstraps = all(objective.bootstraps for _, objective in terms)
+        self.normalised = any(objective.normalised for _, objective in terms)
+        self.rowwise = all(objective.rowwise for _, objective in terms)
+        self.starts = any(objective.starts for _, objective in terms)
+
+    @property
+    def looks_ahead(self) -> bool:
+        return any(objective.looks_ahead for _, objective in self.terms)
+
+    def __call__(self, rows: Rows) -> Tensor:
+        total = torch.zeros_like(rows.value)
+        for weight, objective in self.terms:
+            loss = objective(rows)
+            if objective.bootstraps and not self.bootstraps:
+                loss = torch.where(rows.bootstrapped, loss, 0.0)
+            total = total + weight * loss
+        return total
+
+    def __repr__(self) -> str:
+        return " + ".join(f"{weight:g} * {objective!r}" for weight, objective in self.terms)
+
+
+def _terms(objective: Objective) -> list[tuple[float, Objective]]:
+    return objective.terms if isinstance(objective, Weighted) else [(1.0, objective)]
+
+
+def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Refuses a value that is none of the allowed ones."""
+    if value not in allowed:
+        choices = ", ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def number_in(name: str, value: object, low: float, high: float, interval: str) -> None:
+    """Refuses what is no number in an interval; ``interval`` is how the message writes it."""
+    inside = _is_number(value) and low <= value <= high  # type: ignore[operator]
+    open_ends = {low if "(" in interval else None, high if ")" in interval else None}
+    if not inside or value in open_ends:
+        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
+
+
+def positive(name: str, value: object) -> None:
+    """Refuses what is no number above 0."""
+    if not (_is_number(value) and value > 0):  # type: ignore[operator]
+        raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+ObjectiveLike = Objective | Callable[[Rows], Tensor]
+"""What the ops take as ``objective``."""

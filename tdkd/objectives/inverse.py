@@ -1,0 +1,250 @@
+"""Inverse reinforcement learning on the action set: the reward is what Q implies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tdkd.objectives.base import Objective, one_of, positive
+from tdkd.types import Rows
+
+Phi = Literal["chi2", "reverse_kl", "forward_kl", "hellinger", "js", "tv", "identity"]
+
+STEEPEST = 10.0
+"""Slope at which a phi that is undefined, or grows exponentially, below some point goes on as its
+tangent."""
+
+
+class Concave(NamedTuple):
+    """A phi: ``phi(0) = 0``, ``phi'(0) = 1``, concave and finite on all reals."""
+
+    function: Callable[[Tensor], Tensor]
+    """phi from ``knee`` on."""
+    knee: float = -math.inf
+    """below it phi is its tangent there, of slope ``STEEPEST``."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.knee == -math.inf:
+            return self.function(x)
+        height = float(self.function(torch.tensor(self.knee, dtype=torch.float64)))
+        above = self.function(x.clamp(min=self.knee))
+        return torch.where(x < self.knee, height + STEEPEST * (x - self.knee), above)
+
+
+PHIS: dict[str, Concave] = {
+    "chi2": Concave(lambda x: x - x.square() / 4),
+    "reverse_kl": Concave(lambda x: -torch.expm1(-x), -math.log(STEEPEST)),
+    "forward_kl": Concave(torch.log1p, 1 / STEEPEST - 1),
+    "hellinger": Concave(lambda x: x / (1 + x), STEEPEST**-0.5 - 1),
+    "js": Concave(lambda x: torch.log1p(-torch.expm1(-x)), math.log((1 + 1 / STEEPEST) / 2)),
+    "tv": Concave(lambda x: x.clamp(max=0.5)),
+    "identity": Concave(lambda x: x),
+}
+"""``phi(x) = -f*(-x)``, f* the convex conjugate of the f of an f-divergence with ``f'(1) = 0``."""
+
+
+class IQLearn(Objective):
+    """Inverse soft Q-learning on the action set, the objective of arXiv 2505.20335.
+
+    ``L = -E_{a ~ w}[phi_alpha(Q(a) - gamma V')] + V - gamma V'`` with
+    ``phi_alpha(x) = alpha phi(x / alpha)``. ``Q - gamma V'`` is the reward that Q implies. phi is
+    the regulariser of IQ-Learn (arXiv 2106.12142), which makes the loss that of a divergence
+    ``D_f(student || teacher)`` of what they visit, ``phi(x) = -f*(-x)``:
+
+    =================  =====================  =============  ===============================
+    ``phi``            ``phi(x)``             tangent below  ``f(t)``, t = student / teacher
+    =================  =====================  =============  ===============================
+    ``"chi2"``         ``x - x^2 / 4``                       ``(t - 1)^2``
+    ``"reverse_kl"``   ``1 - exp(-x)``        ``-2.303``     ``t log t``
+    ``"forward_kl"``   ``log(1 + x)``         ``-0.9``       ``-log t``
+    ``"hellinger"``    ``x / (1 + x)``        ``-0.684``     ``(sqrt t - 1)^2``
+    ``"js"``           ``log(2 - exp(-x))``   ``-0.598``     ``t log t - (1+t) log((1+t)/2)``
+    ``"tv"``           ``min(x, 1/2)``        ``-0.5``       ``|t - 1| / 2``
+    ``"identity"``     ``x``                                 none: gamma cancels row by row
+    =================  =====================  =============  ===============================
+
+    The paper and its code write some of them at another origin (``-exp(-x - 1)``, ``1 + log x``),
+    for the same divergence; here all have ``phi(0) = 0`` and ``phi'(0) = 1``. Below the point in
+    the third column, where phi is undefined or explodes, it goes on as its tangent, of slope 10
+    (for ``"tv"``, whose own phi is -inf there, of slope 1). So each is finite and concave
+    everywhere, and smooth but for the kink of ``"tv"`` at 1/2.
+
+    Args:
+        phi: one of the above.
+        alpha: strength, > 0; the smaller, the stronger. The paper's is 0.1, which is violent on
+            log-probabilities: begin near 1.
+        expectation: w is the taken token (``"token"``) or the teacher renormalised on the set
+            (``"teacher"``).
+        stop_gradient: ``"next"`` keeps gradients out of V'; without it they lower the error by
+            emptying the next state's set.
+        value: ``"expert"``: V - gamma V' on every state of the teacher, as above. ``"initial"``:
+            ``(1 - gamma) V(s_0)``, which is the same in expectation over what the student visits,
+            by telescoping. Every row takes that of its own response; it stands on the first row, as
+            often as the response has rows that count. Sums and means over rows are then right,
+            the losses of single rows are not.
+    Raises:
+        ValueError: an option is not one of the above.
+
+    >>> IQLearn("js", alpha=1.0, stop_gradient="next")
+    IQLearn(phi='js', alpha=1.0, expectation='token', stop_gradient='next', value='expert')
+    """
+
+    bootstraps = True
+    rowwise = True
+
+    def __init__(
+        self,
+        phi: Phi = "chi2",
+        *,
+        alpha: float = 0.1,
+        expectation: Literal["token", "teacher"] = "token",
+        stop_gradient: Literal["next"] | None = None,
+        value: Literal["expert", "initial"] = "expert",
+    ) -> None:
+        one_of("phi", phi, tuple(PHIS))
+        positive("alpha", alpha)
+        one_of("expectation", expectation, ("token", "teacher"))
+        one_of("stop_gradient", stop_gradient, (None, "next"))
+        one_of("value", value, ("expert", "initial"))
+        self.phi = phi
+        self.alpha = alpha
+        self.expectation = expectation
+        self.stop_gradient = stop_gradient
+        self.value = value
+
+    @property
+    def starts(self) -> bool:  # type: ignore[override]
+        return self.value == "initial"
+
+    def __call__(self, rows: Rows) -> Tensor:
+        future = _future(rows, self.stop_gradient)
+        if self.expectation == "token":
+            expected = self._phi(rows.taken(rows.q) - future)
+        else:
+            weights = rows.teacher_weights
+            # a slot without weight may hold -inf, which phi would turn into 0 * inf
+            q = torch.where(weights > 0, rows.q, 0.0)
+            expected = (weights * self._phi(q - future.unsqueeze(-1))).sum(-1)
+        if self.value == "expert":
+            return rows.value - future - expected
+        assert rows.initial is not None
+        # elsewhere V may be -inf
+        first = torch.where(rows.initial > 0, rows.value, 0.0)
+        return (1 - rows.gamma) * rows.initial * first - expected
+
+    def _phi(self, x: Tensor) -> Tensor:
+        return self.alpha * PHIS[self.phi](x / self.alpha)
+
+
+class LSIQ(Objective):
+    """Least squares inverse Q-learning (LS-IQ, arXiv 2303.00599) on the teacher's states.
+
+    With the rewards ``x = Q(a) - gamma V'`` of the teacher's token and ``v = V - gamma V'`` of the
+    student's policy: ``L = -x + v + c/2 (x^2 + v^2)``, which is
+    ``c/2 ((x - 1/c)^2 + (v + 1/c)^2) - 1/c``: two squared soft Bellman errors, with the rewards 1/c
+    and -1/c. It is IQ-Learn with the squared reward as regulariser, under the mixture of teacher
+    and student; the chi-squared divergence of the teacher to that mixture is bounded.
+
+    Read were the abstract and the authors' code (robfiras/ls-iq). There the student's half comes
+    from states that the policy visits; here, offline, it is taken on the teacher's states.
+
+    Args:
+        c: strength of the regulariser, > 0.
+        expert: ``"bootstrap"`` as above; ``"fixed"``: the teacher's half is
+            ``c/2 (Q(a) - 1/(c (1 - gamma)))^2``, Q's greatest value, which no V' can spoil
+            (gamma < 1).
+        clip: keep V' within ``+-1/(c (1 - gamma))``, the values that such rewards can have.
+        stop_gradient: ``"next"`` keeps gradients out of V'.
+    Raises:
+        ValueError: an option is not one of the above, or ``"fixed"`` meets gamma = 1.
+
+    >>> LSIQ(0.5)
+    LSIQ(c=0.5, expert='bootstrap', clip=True, stop_gradient='next')
+    """
+
+    bootstraps = True
+    rowwise = True
+
+    def __init__(
+        self,
+        c: float = 0.5,
+        *,
+        expert: Literal["bootstrap", "fixed"] = "bootstrap",
+        clip: bool = True,
+        stop_gradient: Literal["next"] | None = "next",
+    ) -> None:
+        positive("c", c)
+        one_of("expert", expert, ("bootstrap", "fixed"))
+        one_of("clip", clip, (False, True))
+        one_of("stop_gradient", stop_gradient, (None, "next"))
+        self.c = c
+        self.expert = expert
+        self.clip = clip
+        self.stop_gradient = stop_gradient
+
+    def __call__(self, rows: Rows) -> Tensor:
+        greatest = 1 / (self.c * (1 - rows.gamma)) if rows.gamma < 1 else math.inf
+        future = _future(rows, self.stop_gradient)
+        if self.clip:
+            future = future.clamp(-rows.gamma * greatest, rows.gamma * greatest)
+        q, v = rows.taken(rows.q), rows.value - future
+        students = v + self.c / 2 * v.square()
+        if self.expert == "bootstrap":
+            x = q - future
+            return students - x + self.c / 2 * x.square()
+        if greatest == math.inf:
+            raise ValueError(f'gamma: expected a number < 1 with expert="fixed", got {rows.gamma}')
+        return students + self.c / 2 * (q - greatest).square()
+
+
+class SQIL(Objective):
+    """Soft Q imitation learning: a squared soft Bellman error (SQIL, arXiv 1905.11108).
+
+    ``(Q(a) - r - gamma V')^2`` with r = 1 on what the teacher did. The method also wants rows of
+    the student's own, with r = 0: they come with training on the student's answers, and will enter
+    through ``reward``, which may be a function of the rows.
+
+    Q must be free to grow to 1 / (1 - gamma): use ``q="logit"``. A log-probability is never above
+    0, and there this loss is little more than cross-entropy.
+
+    Args:
+        reward: r of each row: a number, or a function of ``Rows`` that returns ``[N]``.
+        stop_gradient: ``"next"`` keeps gradients out of V'.
+    Raises:
+        TypeError: ``reward`` is neither a number nor a function.
+        ValueError: ``stop_gradient`` is not one of the above.
+
+    >>> SQIL()
+    SQIL(reward=1.0, stop_gradient='next')
+    """
+
+    bootstraps = True
+    rowwise = True
+
+    def __init__(
+        self,
+        *,
+        reward: float | Callable[[Rows], Tensor] = 1.0,
+        stop_gradient: Literal["next"] | None = "next",
+    ) -> None:
+        if not callable(reward) and not isinstance(reward, int | float):
+            raise TypeError(
+                f"reward: expected a number or a function of Rows, got {type(reward).__name__}"
+            )
+        one_of("stop_gradient", stop_gradient, (None, "next"))
+        self.reward = reward
+        self.stop_gradient = stop_gradient
+
+    def __call__(self, rows: Rows) -> Tensor:
+        reward = self.reward(rows) if callable(self.reward) else self.reward
+        return (rows.taken(rows.q) - reward - _future(rows, self.stop_gradient)).square()
+
+
+def _future(rows: Rows, stop_gradient: str | None) -> Tensor:
+    """``gamma V'``."""
+    future = rows.gamma * rows.next_value
+    return future.detach() if stop_gradient == "next" else future
