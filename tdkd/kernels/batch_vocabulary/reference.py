@@ -3,7 +3,34 @@
 import torch
 from torch import Tensor
 
-from tdkd.types import Vocabulary
+from tdkd.kernels.gather_q.reference import scaled
+from tdkd.types import Scale, Vocabulary
+
+LAW_ROWS = 64
+"""Rows whose mean probabilities are the law of a student: more of them changed nothing."""
+LAW_FLOOR = 0.1
+"""Share of that law that is spread evenly, so that no weight exceeds ten times the uniform one."""
+
+
+@torch.no_grad()
+def student_law(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Scale, state: Tensor
+) -> Tensor:
+    """Mean probabilities ``[V]`` of a student over some of its rows ``[N, H]``, those that are
+    states, and a floor. Whatever they are, estimates by :func:`batch_vocabulary` stay unbiased."""
+    count, columns = hidden.shape[0], weight.shape[0]
+    law = hidden.new_full((columns,), LAW_FLOOR / columns, dtype=torch.float32)
+    if not count:
+        return law
+    some = torch.arange(min(count, LAW_ROWS), device=hidden.device) * count // min(count, LAW_ROWS)
+    with torch.autocast(hidden.device.type, enabled=False):
+        given = torch.promote_types(hidden.dtype, weight.dtype)
+        logits = hidden[some].to(given) @ weight.to(given).T
+    logits = scaled(logits.float() if bias is None else logits.float() + bias.float(), scale)
+    here = state[some].float()
+    # a row with NaN has no probabilities to give
+    mean = (logits.softmax(-1).nan_to_num(0.0) * here[:, None]).sum(0) / here.sum().clamp(min=1.0)
+    return law + (1.0 - LAW_FLOOR) * mean
 
 
 def batch_vocabulary(
