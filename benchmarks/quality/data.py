@@ -114,7 +114,8 @@ class Examples:
     def batch(self, chosen: list[int]) -> Batch:
         part = [self.encoded[i] for i in chosen]
         ids, mask, states, tokens = collate(part, self.pad, torch.device("cpu"))
-        hidden = [torch.from_numpy(self.hidden[self.start[i] : self.start[i + 1]]) for i in chosen]
+        # copies: the file is mapped read-only
+        hidden = [torch.tensor(self.hidden[self.start[i] : self.start[i + 1]]) for i in chosen]
         successor = torch.arange(1, tokens.numel() + 1)
         last = torch.tensor([len(e.completion) for e in part]).cumsum(0) - 1
         # an answer that does not end with EOS was cut off

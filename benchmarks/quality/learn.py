@@ -61,10 +61,10 @@ def train(
         optimiser.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
         log.append(
-            {"loss": float(loss), "grad_norm": float(norm), "tokens": batch.tokens.numel(),
+            {"loss": loss.item(), "grad_norm": float(norm), "tokens": batch.tokens.numel(),
              "seconds": seconds, **told}
         )  # fmt: skip
-        print(f"  {step + 1}/{steps} loss {float(loss):.4f} ({seconds:.1f} s)", flush=True)
+        print(f"  {step + 1}/{steps} loss {log[-1]['loss']:.4f} ({seconds:.1f} s)", flush=True)
         if time.monotonic() - at > CHECKPOINT_SECONDS:
             _save(saved, parameters, optimiser, log)
             at = time.monotonic()

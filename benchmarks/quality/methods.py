@@ -12,7 +12,16 @@ from torch import Tensor
 from tdkd import ops
 from tdkd.lm_loss import lm_cross_entropy
 from tdkd.models import Head
-from tdkd.objectives import ForwardKL, IQLearn, ObjectiveLike, ReverseKL
+from tdkd.objectives import (
+    JSD,
+    ForwardKL,
+    IQLearn,
+    ObjectiveLike,
+    ReverseKL,
+    SkewKL,
+    SoftTD,
+    TotalVariation,
+)
 from tdkd.published import published_loss
 
 Dense = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -94,13 +103,19 @@ def published(student: Tensor, teacher: Tensor, tokens: Tensor, successor: Tenso
 
 KL = ForwardKL(tail=True)
 LOGIT = (("q", "logit"),)
+BATCH = (("normaliser", "batch"),)
 
 METHODS: dict[str, Method] = {
+    # cloning
     "sft": Method("cross-entropy on the teacher's answers (SeqKD)", lm_weight=1.0),
     "kl-full": Method("forward KL, whole vocabulary (KD)", dense=full_kl),
     "kl-tail": Method("forward KL, set and tail bucket", KL),
     "kl-set": Method("forward KL, renormalised on the set", ForwardKL(), options=LOGIT),
     "rkl-tail": Method("reverse KL, set and tail bucket", ReverseKL(tail=True)),
+    "jsd-tail": Method("JSD(0.5), set and tail bucket", JSD(tail=True)),
+    "skew-tail": Method("skew KL 0.1, set and tail bucket", SkewKL(tail=True)),
+    "tv-tail": Method("total variation, set and tail bucket", TotalVariation(tail=True)),
+    # TD alone
     "iq-paper": Method(
         "IQ-Learn chi2, alpha 0.1, raw logits (the paper)", IQLearn(), options=LOGIT
     ),
@@ -110,9 +125,27 @@ METHODS: dict[str, Method] = {
         options=LOGIT,
     ),
     "published": Method("the authors' code", dense=published),
+    "soft-td": Method("soft TD regression, one step", SoftTD(huber=1.0)),
+    # TD beside cloning
     "kl-tail+iq": Method(
         "forward KL with tail + 0.05 IQ-Learn chi2, alpha 2, stop-gradient (the default)",
         KL + 0.05 * IQLearn(alpha=2.0, stop_gradient="next"),
+    ),
+    "kl-tail+iq-teacher": Method(
+        "the same over the teacher's distribution on the set",
+        KL + 0.05 * IQLearn(alpha=2.0, stop_gradient="next", expectation="teacher"),
+    ),
+    "kl-tail+iq-flow": Method("the same with gradients through V'", KL + 0.05 * IQLearn(alpha=2.0)),
+    "kl-tail+soft": Method(
+        "forward KL with tail + 0.1 soft TD, one step", KL + 0.1 * SoftTD(huber=1.0)
+    ),
+    "kl-tail+soft-flow": Method(
+        "the same with gradients through V'", KL + 0.1 * SoftTD(huber=1.0, stop_gradient=None)
+    ),
+    # normalisers
+    "kl-tail-batch": Method("forward KL with tail, log Z from 1024 columns", KL, options=BATCH),
+    "kl-tail-student": Method(
+        "the same by the student's law", KL, options=(*BATCH, ("law", "student"))
     ),
 }
 

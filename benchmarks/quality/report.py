@@ -39,6 +39,7 @@ def results(work: Path) -> list[dict[str, Any]]:
 
 def write(work: Path, output: Path) -> None:
     """``output``.json and .png, and a Markdown table on stdout."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     runs = results(work)
     write_json(output.with_suffix(".json"), {**environment(), "runs": runs})
     head = ["method", "start", "rate", "seed", *SHOWN.values(), "Rouge-L"]

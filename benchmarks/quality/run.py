@@ -138,7 +138,7 @@ def _load(student: Any, folder: Path) -> None:
         raise SystemExit(f"{folder}: another model, without {missing} and with {unexpected}")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -159,8 +159,9 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=48)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/quality")
     parser.add_argument("--report", action="store_true", help="only write table and picture")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     if not args.report:
         bench = Bench(args)
@@ -171,7 +172,7 @@ def main() -> None:
                     for name in args.methods:
                         bench.run(name, rate, seed, start)
         bench.start_scores()
-    report.write(args.work, ROOT / "benchmarks" / "results" / "quality")
+    report.write(args.work, args.output)
 
 
 if __name__ == "__main__":

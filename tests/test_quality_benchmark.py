@@ -1,0 +1,163 @@
+"""benchmarks/quality on tiny models: every method learns, and a killed run goes on."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tdkd import records
+
+pytest.importorskip("rouge_score")
+pytest.importorskip("matplotlib")
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "quality"
+WORDS = ["one two", "red", "a b c d e", "why?", "north by east", "0123", "tick tock", "zig"]
+OPTIONS = [
+    "--steps", "2", "--warm-steps", "2", "--batch", "3", "--examples", "8", "--dev", "4",
+    "--prompts", "2", "--new-tokens", "6", "--threads", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The module benchmarks/quality/run.py, and its neighbours for as long as it is needed."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(FOLDER))
+    import run
+
+    yield run
+    sys.path.remove(str(FOLDER))
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == FOLDER:
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tiny_teacher, tiny_student):
+    root = tmp_path_factory.mktemp("quality")
+    (root / "models").mkdir()
+    (root / "models" / "teacher").symlink_to(tiny_teacher)
+    (root / "models" / "student-init").symlink_to(tiny_student)
+    for split in ("train", "dev"):
+        records.append(root / "data" / f"{split}.jsonl", prompts(root / "data"))
+    for name in ("dolly", "selfinst", "vicuna"):
+        records.append(
+            root / "data" / f"eval_{name}.jsonl",
+            [{"prompt": words, "references": ["red", words]} for words in WORDS],
+        )
+    return root
+
+
+def prompts(data):
+    data.mkdir(exist_ok=True)
+    return [{"prompt": words} for words in WORDS]
+
+
+@pytest.fixture(scope="module")
+def runs(script, folders):
+    """Every method once, as the JSON tells it."""
+    threads = torch.get_num_threads()
+    try:
+        script.main(arguments(folders))
+    finally:
+        torch.set_num_threads(threads)
+    return json.loads((folders / "out" / "quality.json").read_text())["runs"]
+
+
+def arguments(root):
+    return [
+        "--data", str(root / "data"), "--models", str(root / "models"), "--work",
+        str(root / "work"), "--output", str(root / "out" / "quality"), *OPTIONS,
+    ]  # fmt: skip
+
+
+def test_every_method_learns_from_the_same_tokens(script, runs):
+    by_name = {run["method"]: run for run in runs}
+    from methods import METHODS
+
+    assert set(by_name) == {*METHODS, "warm", "untrained", "teacher"}
+    assert len({by_name[name]["tokens"] for name in METHODS}) == 1
+    for name in METHODS:
+        assert len(by_name[name]["losses"]) == 2
+        assert by_name[name]["start"] == "warm"
+    assert by_name["warm"]["start"] == "cold"
+    exact = by_name["teacher"]["scores"]
+    assert exact["kl"] == pytest.approx(0, abs=1e-6)
+    assert exact["own_acceptance"] == pytest.approx(1, abs=1e-4)
+    assert exact["top1"] == 1
+    assert by_name["untrained"]["scores"]["kl"] > 0.1
+
+
+def test_what_is_done_is_not_done_again(script, folders, runs, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(script, "train", never)
+    script.main(arguments(folders))
+    assert json.loads((folders / "out" / "quality.json").read_text())["runs"] == runs
+    assert (folders / "out" / "quality.png").stat().st_size > 1000
+
+
+def test_a_killed_run_goes_on_where_it_was(script, folders, runs, monkeypatch, tmp_path):
+    import learn
+    from methods import with_lm
+
+    bench = script.Bench(parse(script, folders))
+    whole = tmp_path / "whole"
+    cut = tmp_path / "cut"
+    logs = []
+    monkeypatch.setattr(learn, "CHECKPOINT_SECONDS", -1.0)
+    for folder, stops in ((whole, None), (cut, 3)):
+        folder.mkdir()
+        save, saved = learn._save, []
+
+        def killed(*args, stops=stops, saved=saved, save=save):
+            save(*args)
+            saved.append(args)
+            if len(saved) == stops:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(learn, "_save", killed)
+        how = {"steps": 5, "size": 3, "rate": 1e-2, "seed": 4}
+        given = script.lm_head(bench.teacher), bench.train, with_lm("kl-tail+iq+lm"), folder
+        if stops:
+            with pytest.raises(KeyboardInterrupt):
+                learn.train(bench.student("cold"), *given, **how)
+            assert (folder / "checkpoint.safetensors").exists()
+        monkeypatch.setattr(learn, "_save", save)
+        student = bench.student("cold")
+        log = learn.train(student, *given, **how)
+        logs.append(([x["loss"] for x in log], [p.detach() for p in student.parameters()]))
+        assert not list(folder.glob("checkpoint*"))
+    assert logs[0][0] == logs[1][0]
+    for whole_part, cut_part in zip(logs[0][1], logs[1][1], strict=True):
+        assert torch.equal(whole_part, cut_part)
+
+
+def parse(script, root):
+    """The arguments as the script reads them."""
+    kept = {}
+
+    class Kept(script.Bench):
+        def __init__(self, args):
+            kept["args"] = args
+            raise StopIteration
+
+    original, script.Bench = script.Bench, Kept
+    try:
+        with pytest.raises(StopIteration):
+            script.main(arguments(root))
+    finally:
+        script.Bench = original
+    return kept["args"]
+
+
+def test_unknown_methods_are_named(script):
+    from methods import with_lm
+
+    with pytest.raises(SystemExit, match="method: expected one of sft, .*got magic"):
+        with_lm("magic")
+    assert with_lm("kl-tail+lm").lm_weight == 1
+    assert with_lm("kl-tail").lm_weight == 0
