@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
 from tdkd import ops
+from tdkd.diagnostics import Drift, diagnostics
 from tdkd.errors import UserError
 from tdkd.lm_loss import lm_cross_entropy
 from tdkd.models import (
@@ -243,6 +244,7 @@ class TDTrainer(SFTTrainer):
         # the losses below honour num_items_in_batch, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
         self.objective = args.build_objective() if objective is None else objective
+        self._drift = Drift()
         self._redirect = _ForwardRedirection()
         student = self._unwrapped(self.model)
         # weights that are sharded from the start cannot run without their wrapper
@@ -366,7 +368,15 @@ class TDTrainer(SFTTrainer):
                 hidden, head, teacher_hidden, teacher, taken, successor, num_items_in_batch
             )
             loss = loss + out.loss
-            metrics.update(diagnostics(out, successor, args.q_level))
+            metrics.update(
+                diagnostics(
+                    out,
+                    taken,
+                    successor,
+                    log_prob=args.q_level == "log_prob",
+                    gamma=args.gamma,
+                )
+            )
         return loss, metrics
 
     def _td_loss(
@@ -431,6 +441,8 @@ class TDTrainer(SFTTrainer):
             mean = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in values])
             reduced = self.accelerator.reduce(mean.mean().to(self.accelerator.device), "mean")
             recorded[name] = [reduced.item()]
+            if name == "value":
+                self._drift.see(recorded[name][0])
         super().log(logs, start_time)
 
 
@@ -453,19 +465,3 @@ def response_rows(tokens: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:
     if not keep.numel():
         return keep, successor
     return keep, torch.where(successor >= 0, rank[successor.clamp(min=0)], successor)
-
-
-def diagnostics(out: ops.TDOutput, successor: Tensor, q_level: str) -> dict[str, Tensor]:
-    """Means over the rows of one micro-batch, left on the device."""
-    rows = max(1, out.q.numel())
-    known = (successor != -2).sum().clamp(min=1)
-    metrics = {
-        "td_error": out.td_error.detach().abs().sum() / known,
-        "q": out.q.detach().sum() / rows,
-        "value": out.value.detach().sum() / rows,
-        "set_size": out.actions.count.sum() / rows,
-        "teacher_mass": out.actions.mass.sum() / rows,
-    }
-    if q_level == "log_prob":
-        metrics["student_mass"] = out.value.detach().exp().sum() / rows
-    return metrics

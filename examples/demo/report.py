@@ -18,6 +18,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 WHEN = ("before", "warm", "after")
+SHOWN = (
+    "td_error", "q", "value", "value_gap", "set_size", "teacher_mass", "student_mass", "set_kl",
+    "kappa",
+)  # fmt: skip
 WHY = """\
 What was picked, and why. Prototypes on this teacher, not this run, showed that the level of the
 raw logits wanders from token to token, and that IQ-Learn with the paper's constants (raw logits,
@@ -57,14 +61,23 @@ def write_report(out: Path) -> None:
 
 
 def curves(path: Path, logs: dict[str, list[dict[str, Any]]], metrics: dict[str, Any]) -> None:
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7))
+    figure, axes = plt.subplots(2, 3, figsize=(14, 7))
     for axis, (name, log), title in (
         (axes[0, 0], ("loss", logs["warm"]), "phase 1: cross-entropy"),
         (axes[0, 1], ("loss", logs["td"]), "phase 2: loss"),
-        (axes[1, 0], ("td_error", logs["td"]), "phase 2: mean |TD error|"),
+        (axes[1, 0], ("td_error_p50", logs["td"]), "phase 2: TD error, median and 5 to 95 %"),
+        (axes[0, 2], ("student_mass", logs["td"]), "phase 2: mass on the sets"),
+        (axes[1, 2], ("value_gap", logs["td"]), "phase 2: V - V*, nats"),
     ):
         entries = [entry for entry in log if name in entry]
-        axis.plot([e["step"] for e in entries], [e[name] for e in entries])
+        steps = [e["step"] for e in entries]
+        axis.plot(steps, [e[name] for e in entries], label=name)
+        if name == "td_error_p50":
+            low, high = ([e[f"td_error_{p}"] for e in entries] for p in ("p05", "p95"))
+            axis.fill_between(steps, low, high, alpha=0.3)
+        if name == "student_mass":
+            axis.plot(steps, [e["teacher_mass"] for e in entries], label="teacher_mass")
+            axis.legend()
         axis.set_title(title)
         axis.set_xlabel("step")
     for axis in (axes[1, 1],):
@@ -127,7 +140,7 @@ def text(
         + ", ".join(
             f"{name} {value:.3f}"
             for name, value in next(e for e in reversed(logs["td"]) if "td_error" in e).items()
-            if name in ("td_error", "q", "value", "set_size", "teacher_mass", "student_mass")
+            if name in SHOWN
         )
         + ".",
         "",

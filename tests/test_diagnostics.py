@@ -1,0 +1,77 @@
+"""What a step tells, against plain sums over rows."""
+
+import logging
+import math
+
+import pytest
+import torch
+
+from tdkd import ops
+from tdkd.diagnostics import Drift, diagnostics
+from tdkd.objectives import ForwardKL
+
+GAMMA = 0.9
+
+
+def make(q="log_prob"):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (2 * torch.randn(9, 40, generator=generator) for _ in range(2))
+    tokens = torch.randint(40, (9,), generator=generator)
+    teacher[4, tokens[4]] = -torch.inf  # a token that the teacher excludes
+    successor = torch.tensor([1, 2, -1, 4, 5, -2, 7, 8, -2])
+    options = {"q": q, "successor": successor, "k": 6, "top_p": 0.9, "gamma": GAMMA}
+    out = ops.td_loss(student, teacher, tokens, objective=ForwardKL(tail=True), **options)
+    return out, student, teacher, tokens, successor
+
+
+@pytest.mark.parametrize("q", ["log_prob", "logit"])
+def test_every_number(q):
+    out, student, teacher, tokens, successor = make(q)
+    told = diagnostics(out, tokens, successor, log_prob=q == "log_prob", gamma=GAMMA)
+    told = {name: value.item() for name, value in told.items()}
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    sets = [row[row >= 0].long() for row in out.actions.ids]
+    mass = torch.stack([log_p[i, ids].exp().sum() for i, ids in enumerate(sets)])
+    mine = torch.stack([log_q[i, ids].exp().sum() for i, ids in enumerate(sets)])
+    assert told["set_size"] == pytest.approx(sum(map(len, sets)) / 9)
+    assert told["teacher_mass"] == pytest.approx(mass.mean().item(), rel=1e-5)
+    assert told["kappa"] == pytest.approx(-9 * mass.log().mean().item(), rel=1e-5)
+    ratios = [
+        log_p[i, a] - mass[i].log() - log_q[i, a] + mine[i].log()
+        for i, a in enumerate(tokens.tolist())
+        if i != 4
+    ]
+    assert told["set_kl"] == pytest.approx(sum(map(float, ratios)) / 8, rel=1e-4)
+    errors = out.td_error[successor != -2]
+    assert told["td_error"] == pytest.approx(errors.abs().mean().item(), rel=1e-5)
+    for name, share in (("p05", 0.05), ("p50", 0.5), ("p95", 0.95)):
+        assert told[f"td_error_{name}"] == pytest.approx(errors.quantile(share).item(), rel=1e-5)
+    if q == "logit":
+        assert not {"student_mass", "value_gap"} & set(told)
+        return
+    assert told["student_mass"] == pytest.approx(mine.mean().item(), rel=1e-5)
+    gap = (mine.log() - mass.log()).mean().item()
+    assert told["value_gap"] == pytest.approx(gap, rel=1e-4)
+
+
+def test_without_discount_there_is_no_bound_and_without_rows_nothing():
+    out, _, _, tokens, successor = make()
+    assert "kappa" not in diagnostics(out, tokens, successor, log_prob=True, gamma=1.0)
+    none = out._replace(
+        q=out.q[:0], value=out.value[:0], td_error=out.td_error[:0],
+        actions=ops.ActionSet(*(x[:0] for x in out.actions)),
+    )  # fmt: skip
+    told = diagnostics(none, tokens[:0], successor[:0], log_prob=True, gamma=GAMMA)
+    assert all(math.isfinite(value) and value == 0 for value in told.values())
+
+
+def test_a_value_that_drifts_is_told_once(caplog):
+    drift = Drift()
+    with caplog.at_level(logging.WARNING, "tdkd"):
+        for value in (3.0, 12.9, -6.9):
+            drift.see(value)
+        assert not caplog.records
+        drift.see(13.1)
+        drift.see(99.0)
+    (record,) = caplog.records
+    assert "from 3.0 to 13.1 nats" in record.getMessage()
