@@ -96,8 +96,20 @@ def test_what_is_done_is_not_done_again(script, folders, runs, monkeypatch):
 
     monkeypatch.setattr(script, "train", never)
     script.main(arguments(folders))
-    assert json.loads((folders / "out" / "quality.json").read_text())["runs"] == runs
+    again = json.loads((folders / "out" / "quality.json").read_text())["runs"]
+    assert again == runs
     assert (folders / "out" / "quality.png").stat().st_size > 1000
+
+
+def test_seconds_a_step(script, folders, runs):
+    script.main([*arguments(folders), "--time", "--methods", "sft", "kl-full"])
+    times = json.loads((folders / "work" / "times.json").read_text())
+    assert set(times["seconds"]) == {"sft", "kl-full"}
+    assert all(seconds > 0 for seconds in times["seconds"].values())
+    told = json.loads((folders / "out" / "quality.json").read_text())["runs"]
+    by_name = {run["method"]: run["seconds_a_step"] for run in told}
+    assert by_name["sft"] == times["seconds"]["sft"]
+    assert by_name["kl-tail"] is None
 
 
 def test_a_killed_run_goes_on_where_it_was(script, folders, runs, monkeypatch, tmp_path):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from data import Examples, order
+from data import Batch, Examples, order
 from methods import Method
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -49,10 +50,7 @@ def train(
             group["lr"] = rate * schedule(step, steps)
         began = time.perf_counter()
         batch = examples.batch(chosen)
-        hidden = last_hidden_state(student, input_ids=batch.ids, attention_mask=batch.mask)
-        loss, told = method.loss(
-            hidden[batch.states], head, batch.teacher_hidden, teacher, batch.tokens, batch.successor
-        )
+        loss, told = forward(student, head, teacher, batch, method)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         if not math.isfinite(float(norm)):
@@ -73,6 +71,54 @@ def train(
     records.write_whole(folder / "log.json", log)
     saved.unlink(missing_ok=True)
     return log
+
+
+def forward(
+    student: PreTrainedModel, head: Head, teacher: Head, batch: Batch, method: Method
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of one batch, and what there is to tell of it."""
+    hidden = last_hidden_state(student, input_ids=batch.ids, attention_mask=batch.mask)
+    return method.loss(
+        hidden[batch.states], head, batch.teacher_hidden, teacher, batch.tokens, batch.successor
+    )
+
+
+def seconds_a_step(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    examples: Examples,
+    methods: dict[str, Method],
+    *,
+    size: int,
+    rounds: int = 4,
+) -> dict[str, float]:
+    """Median seconds of a step of each method, in turns on the same batches, a live teacher's body
+    included where the method needs one. The first round does not count."""
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    body: list[float] = []
+    heads = lm_head(student), lm_head(teacher)
+    parameters = list(student.parameters())
+    optimiser = torch.optim.AdamW(parameters, lr=0.0)
+    student.train()
+    for chosen in order(len(examples), size, rounds, seed=0):
+        batch = examples.batch(chosen)
+        began = time.perf_counter()
+        with torch.inference_mode():
+            last_hidden_state(teacher, input_ids=batch.ids, attention_mask=batch.mask)
+        body.append(time.perf_counter() - began)
+        for name, method in methods.items():
+            began = time.perf_counter()
+            forward(student, *heads, batch, method)[0].backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            times[name].append(time.perf_counter() - began)
+            print(f"  {name}: {times[name][-1]:.2f} s", flush=True)
+    extra = statistics.median(body[1:])
+    return {
+        name: statistics.median(found[1:]) + (extra if methods[name].needs_teacher else 0.0)
+        for name, found in times.items()
+    }
 
 
 def schedule(step: int, steps: int) -> float:

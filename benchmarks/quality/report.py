@@ -41,15 +41,23 @@ def write(work: Path, output: Path) -> None:
     """``output``.json and .png, and a Markdown table on stdout."""
     output.parent.mkdir(parents=True, exist_ok=True)
     runs = results(work)
+    times = {}
+    if (work / "times.json").exists():
+        times = json.loads((work / "times.json").read_text())["seconds"]
+    for run in runs:
+        run["seconds_a_step"] = times.get(run["method"])
     write_json(output.with_suffix(".json"), {**environment(), "runs": runs})
-    head = ["method", "start", "rate", "seed", *SHOWN.values(), "Rouge-L"]
+    head = ["method", "start", "rate", "seed", "steps", "minutes", *SHOWN.values(), "Rouge-L"]
     print("| " + " | ".join(head) + " |")
     print("|" + "---|" * len(head))
     for run in runs:
         scores = run["scores"]
         values = [f"{scores[name]:.3f}" for name in SHOWN]
         rouge = f"{scores['rouge_l']['mean']:.3f} ± {half(scores['rouge_l']):.3f}"
-        row = [run["method"], run["start"], f"{run['rate']:g}", str(run["seed"]), *values, rouge]
+        given = [run["method"], run["start"], f"{run['rate']:g}", str(run["seed"])]
+        seconds = run["seconds_a_step"]
+        took = "" if seconds is None else f"{run['steps'] * seconds / 60:.1f}"
+        row = [*given, str(run["steps"]), took, *values, rouge]
         print("| " + " | ".join(row) + " |")
     picture(runs, output.with_suffix(".png"))
 
@@ -90,4 +98,5 @@ def picture(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def _label(run: dict[str, Any]) -> str:
-    return f"{run['method']} {run['rate']:g}" + (f" s{run['seed']}" if run["seed"] > 1 else "")
+    seed = f" seed {run['seed']}" if run["seed"] > 1 else ""
+    return f"{run['method']} {run['rate']:g} x {run['steps']}{seed}"

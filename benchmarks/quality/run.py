@@ -20,7 +20,7 @@ import report
 import torch
 from data import EVAL_SETS, Examples, answers
 from judge import on_its_own, on_teacher
-from learn import train
+from learn import seconds_a_step, train
 from methods import METHODS, with_lm
 from safetensors.torch import load_file
 
@@ -69,7 +69,7 @@ class Bench:
         """One training and its scores, unless they are there."""
         method = with_lm("sft" if name == WARM else name)
         steps = self.args.warm_steps if name == WARM else self.args.steps
-        title = f"{name}-{rate:g}-{seed}-{start}"
+        title = self.title(name, rate, seed, start)
         folder = self.work / "runs" / title
         result = folder / "result.json"
         if result.exists():
@@ -97,10 +97,23 @@ class Bench:
         if name != WARM:
             shutil.rmtree(folder / "model")
 
+    def title(self, name: str, rate: float, seed: int, start: str) -> str:
+        steps = self.args.warm_steps if name == WARM else self.args.steps
+        return f"{name}-{rate:g}-{seed}-{start}-{steps}"
+
+    def time(self, names: list[str]) -> None:
+        """Seconds a step of every method, measured once on an idle machine."""
+        methods = {name: with_lm(name) for name in names}
+        seconds = seconds_a_step(
+            self.student(WARM), self.teacher, self.train, methods, size=self.args.batch
+        )
+        given = {"threads": self.args.threads, "batch": self.args.batch, "seconds": seconds}
+        records.write_whole(self.work / "times.json", given)
+
     def student(self, start: str) -> Any:
         student = load_model(str(self.args.models / "student-init"), argument="models")
         if start == WARM:
-            title = f"{WARM}-{self.args.warm_rate:g}-0-cold"
+            title = self.title(WARM, self.args.warm_rate, 0, "cold")
             _load(student, self.work / "runs" / title / "model")
         return student
 
@@ -160,13 +173,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/quality")
+    parser.add_argument("--time", action="store_true", help="only measure seconds a step")
     parser.add_argument("--report", action="store_true", help="only write table and picture")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     if not args.report:
         bench = Bench(args)
         bench.run(WARM, args.warm_rate, 0, "cold")
-        for seed in args.seeds:
+        if args.time:
+            bench.time(args.methods)
+        for seed in [] if args.time else args.seeds:
             for rate in args.rates:
                 for start in args.starts:
                     for name in args.methods:
