@@ -20,8 +20,10 @@ from torch import Tensor
 
 from tdkd import ops, records
 from tdkd.cli.evaluate import collate
+from tdkd.kernels.batch_vocabulary.reference import student_law
 from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer
 from tdkd.objectives import ForwardKL
+from tdkd.types import Scale
 
 EXTRA = (256, 1024, 4096)
 LAWS = ("uniform", "student")
@@ -52,16 +54,15 @@ def main() -> None:
     cases = [(0, "none"), *((extra, law) for law in LAWS for extra in EXTRA)]
     found: dict[tuple[int, str], list[tuple[float, ...]]] = {case: [] for case in cases}
     columns: dict[tuple[int, str], list[int]] = {case: [] for case in cases}
-    law: Tensor | None = None
     for start in range(0, len(encoded), options.answers):
         batch = read(teacher, student, tokenizer.pad_token_id, encoded[start:][: options.answers])
-        if law is not None:
-            for extra, name in cases:
-                draws = options.draws if extra else 1
-                rows, widths = compare(batch, extra, law if name == "student" else None, draws)
-                found[extra, name] += rows
-                columns[extra, name] += widths
-        law = mean_probabilities(batch)
+        every = torch.ones_like(batch.tokens, dtype=torch.bool)
+        law = student_law(batch.hidden, batch.weight, None, Scale(), every)
+        for extra, name in cases:
+            draws = options.draws if extra else 1
+            rows, widths = compare(batch, extra, law if name == "student" else None, draws)
+            found[extra, name] += rows
+            columns[extra, name] += widths
     told = []
     print("| m | law | columns | bias of log Z | spread | gradient, relative error | cosine |")
     print("|---|---|---|---|---|---|---|")
@@ -93,13 +94,6 @@ def read(
         ]
     actions = ops.linear_select_actions(hidden[0], heads[0].weight, 64, 0.8, include=tokens)
     return Batch(hidden[1].requires_grad_(), heads[1].weight.detach(), tokens, actions)
-
-
-@torch.no_grad()
-def mean_probabilities(batch: Batch) -> Tensor:
-    """A law for the next batch: the student's, a tenth of it spread evenly."""
-    mean = (batch.hidden @ batch.weight.T).softmax(-1).mean(0)
-    return 0.9 * mean + 0.1 / mean.numel()
 
 
 def compare(
