@@ -1,10 +1,16 @@
 """Objectives: identities that they must obey, their limits, and objectives as text."""
 
+import doctest
+import importlib
 import math
+import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+import tdkd.objectives
 from tdkd import ops
 from tdkd.objectives import (
     JSD,
@@ -21,6 +27,7 @@ from tdkd.objectives import (
 )
 from tdkd.objectives.inverse import PHIS, STEEPEST
 from tdkd.objectives.text import NAMED
+from tdkd.verify_objective import verify_objective
 
 V, K, GAMMA = 20, 5, 0.9
 DIVERGENCES = (ForwardKL, ReverseKL, JSD, SkewKL, TotalVariation, LK)
@@ -540,3 +547,58 @@ def test_a_wrong_text_is_named(text):
     with pytest.raises(ValueError, match=TEXTS[text]) as caught:
         parse(text)
     assert "\n" not in str(caught.value)
+
+
+# Documentation
+
+
+GUIDE = Path(__file__).parents[1] / "docs" / "objectives.md"
+
+
+def test_the_example_of_the_guide_passes_its_own_check():
+    (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    made = {}
+    exec(code, made)
+    for finding in verify_objective(made["Expectile"](), name="Expectile", cases=12):
+        assert finding.passed, finding.failures[0]
+
+
+def test_the_table_of_the_guide_has_every_objective_with_its_flags():
+    cells = {}
+    for line in GUIDE.read_text().splitlines():
+        found = re.match(r"\| `([A-Z]\w+)` \|", line)
+        if found:
+            cells[found[1]] = re.split(r"(?<!\\)\|", line)[4]
+    assert set(cells) == set(NAMED)
+    flags = ("bootstraps", "normalised", "rowwise", "starts")
+    for name, kind in NAMED.items():
+        plain = {flag for flag in re.split(r", ", cells[name].strip()) if " " not in flag}
+        said = plain | {"rowwise"} if name == "SoftTD" else plain
+        assert said == {flag for flag in flags if getattr(kind(), flag)}, name
+    for name in ("ForwardKL", "ReverseKL", "JSD", "SkewKL", "TotalVariation", "LK", "CrossEntropy"):
+        assert "normalised with `tail`" in cells[name]
+        assert NAMED[name](tail=True).normalised
+    assert "rowwise with one step" in cells["SoftTD"]
+    assert not SoftTD(2).rowwise
+    assert not SoftTD(lam=0.5).rowwise
+
+
+def test_the_phis_of_the_guide_and_their_tangents():
+    rows_of_phi = re.findall(
+        r'^\| `"(\w+)"` \| .*? \| (-?[\d.]*) ?\| ', GUIDE.read_text(), re.MULTILINE
+    )
+    assert {name for name, _ in rows_of_phi} == set(PHIS)
+    for name, knee in rows_of_phi:
+        if name == "tv":
+            assert knee == "-0.5"
+        elif knee:
+            assert float(knee) == pytest.approx(PHIS[name].knee, abs=6e-4)
+        else:
+            assert PHIS[name].knee == -math.inf
+
+
+def test_docstrings_of_objectives_run():
+    modules = [m.name for m in pkgutil.iter_modules(tdkd.objectives.__path__, "tdkd.objectives.")]
+    results = [doctest.testmod(importlib.import_module(name)) for name in modules]
+    assert sum(result.attempted for result in results) >= len(NAMED)
+    assert not any(result.failed for result in results)
