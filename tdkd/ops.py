@@ -292,6 +292,7 @@ def td_loss(
     top_p: float = 0.8,
     gamma: float = 0.99,
     successor: Tensor | None = None,
+    target_value: Tensor | None = None,
     temperature: float = 1.0,
     teacher_temperature: float = 1.0,
     softcap: float | None = None,
@@ -325,6 +326,9 @@ def td_loss(
         gamma: discount in [0, 1].
         successor: int64 ``(...)`` from :func:`successors`; None derives it from ``tokens`` with
             every response cut off at its end.
+        target_value: soft values ``(...)`` of a target network on the same rows and sets, for V' in
+            place of the student's own: the ``value`` of this op with the target network's logits.
+            No gradient.
         temperature: divides the student's logits, > 0. The loss is not multiplied by T^2.
         teacher_temperature: divides the teacher's logits, > 0.
         softcap: the student's, as in :func:`select_actions`; likewise the next three.
@@ -392,6 +396,7 @@ def td_loss(
         q=q,
         gamma=gamma,
         successor=successor,
+        target_value=target_value,
         ignore_index=ignore_index,
         impl=impl,
     )
@@ -696,6 +701,7 @@ def linear_td_loss(
     top_p: float = 0.8,
     gamma: float = 0.99,
     successor: Tensor | None = None,
+    target_value: Tensor | None = None,
     temperature: float = 1.0,
     teacher_temperature: float = 1.0,
     bias: Tensor | None = None,
@@ -832,6 +838,7 @@ def linear_td_loss(
         q=q,
         gamma=gamma,
         successor=successor,
+        target_value=target_value,
         ignore_index=ignore_index,
         impl=impl,
     )
@@ -931,11 +938,17 @@ def _td_rows(
     q: Level,
     gamma: float,
     successor: Tensor | None,
+    target_value: Tensor | None,
     ignore_index: int,
     impl: Impl,
 ) -> TDRows:
     _within("gamma", gamma, 0.0, 1.0)
     lead = tokens.shape
+    if target_value is not None:
+        _floating("target_value", target_value, dims=0)
+        _same_shape("target_value", target_value, lead, "the rows")
+        _same_device("target_value", target_value, tokens)
+        target_value = target_value.reshape(-1)
     if successor is None:
         successor = successors(tokens.reshape(lead or (1,)), ignore_index=ignore_index).view(lead)
     _successor(successor, lead, tokens)
@@ -950,6 +963,7 @@ def _td_rows(
         log_prob=q == "log_prob",
         gamma=gamma,
         soft_value=partial(soft_value, impl=impl),
+        target_value=target_value,
     )
 
 

@@ -42,6 +42,8 @@ class TDRows:
     """int64 ``[N]``: of states, among states; -1 terminal, -2 unknown."""
     initial: Tensor | None
     """``[N]``: as in :class:`tdkd.types.Rows`."""
+    target_value: Tensor | None
+    """``[N]``: the soft values of a target network."""
     objective: ObjectiveLike
     log_prob: bool
     """whether Q is the log-probability, not the logit."""
@@ -61,8 +63,9 @@ class TDRows:
         log_prob: bool,
         gamma: float,
         soft_value: Callable[[Tensor], Tensor],
+        target_value: Tensor | None = None,
     ) -> TDRows:
-        """Of flat ids ``[N, k]``, tokens and successors ``[N]``."""
+        """Of flat ids ``[N, k]``; tokens, successors and values of a target network ``[N]``."""
         taken = tokens.long()
         here = (ids == taken.unsqueeze(-1)) & (ids >= 0)
         state = (taken != ignore_index) & here.any(-1)
@@ -76,8 +79,20 @@ class TDRows:
         initial = None
         if getattr(objective, "starts", True):
             initial = _initial(state, successor, bool(gamma))
+        if target_value is not None:
+            target_value = torch.where(state, target_value.detach(), 0.0)
         return cls(
-            ids, log_probs, slot, state, successor, initial, objective, log_prob, gamma, soft_value
+            ids,
+            log_probs,
+            slot,
+            state,
+            successor,
+            initial,
+            target_value,
+            objective,
+            log_prob,
+            gamma,
+            soft_value,
         )
 
     @property
@@ -106,6 +121,7 @@ class TDRows:
             state=self.state[index],
             successor=successor,
             initial=None if self.initial is None else self.initial[index],
+            target_value=None if self.target_value is None else self.target_value[index],
         )
 
     def __call__(self, z: Tensor, log_rest: Tensor | None) -> RowTerms:
@@ -123,6 +139,7 @@ class TDRows:
                 z = z - log_z.unsqueeze(-1)
                 value = log_mass
         blank = ~state.unsqueeze(-1)
+        target = None if self.target_value is None else self.target_value.to(value.dtype)
         # at gamma = 0 an infinite V' is of no concern
         reached = self.successor if self.gamma else self.successor.clamp(max=-1)
         rows = Rows(
@@ -131,13 +148,14 @@ class TDRows:
             valid=valid,
             slot=self.slot,
             value=value,
-            next_value=next_value(value, reached),
+            next_value=next_value(value if target is None else target, reached),
             successor=self.successor,
             state=state,
             gamma=self.gamma,
             log_mass=log_mass,
             log_tail=log_tail,
             initial=None if self.initial is None else self.initial.to(value.dtype),
+            target_value=target,
         )
         per_row = self.objective(rows)
         if per_row.shape != value.shape:

@@ -106,7 +106,8 @@ class Rows:
     value: Tensor
     """``[N]``: V, the soft value on the set."""
     next_value: Tensor
-    """``[N]``: V' of the successor; 0 where the response ended or V' is unknown."""
+    """``[N]``: V' of the successor; 0 where the response ended or V' is unknown. Of the target
+    network, without gradient, where there is one."""
     successor: Tensor
     """int64 ``[N]``: row of the next state; -1 terminal; -2 unknown."""
     state: Tensor
@@ -120,6 +121,8 @@ class Rows:
     initial: Tensor | None = None
     """``[N]``: on the first row of each response, how many of its rows have a known V' (all of its
     states, at gamma = 0); 0 elsewhere; None if not asked for."""
+    target_value: Tensor | None = None
+    """``[N]``: V of a target network, no gradient; None where there is none."""
 
     @property
     def bootstrapped(self) -> Tensor:

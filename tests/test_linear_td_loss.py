@@ -10,7 +10,7 @@ from tdkd import types as ops_types
 from tdkd.kernels import head, routes
 from tdkd.kernels.batch_vocabulary.reference import student_law
 from tdkd.kernels.linear_rows import in_forward
-from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn, ReverseKL
+from tdkd.objectives import LK, LSIQ, CrossEntropy, ForwardKL, IQLearn, ReverseKL, SoftTD
 
 ROWS, VOCAB, WIDTH, K = 23, 90, 12, 6
 OBJECTIVES = [
@@ -18,6 +18,9 @@ OBJECTIVES = [
     IQLearn(alpha=1.0, expectation="teacher"),
     ReverseKL(tail=True),
     CrossEntropy(tail=True) + IQLearn("identity"),
+    IQLearn("js", alpha=1.0, value="initial"),
+    SoftTD(stop_gradient=None) + LK(tail=True),
+    LSIQ(),
 ]
 
 
@@ -139,6 +142,22 @@ def test_any_links_between_chunks_give_the_same_gradients(monkeypatch, products)
         assert sum(products) < 2 * ROWS
         _, expected = exact_in_float64(leaves, tokens, actions, lambda o: o.loss, **options)
         agree(grads, expected)
+
+
+@pytest.mark.parametrize("objective", [IQLearn(alpha=1.0), SoftTD()], ids=repr)
+def test_a_target_network_s_values_are_cut_into_chunks_too(products, objective):
+    leaves, tokens, actions = make()
+    options = {
+        "objective": objective,
+        "successor": ops.successors(tokens, eos_token_id=2),
+        "target_value": -torch.rand(ROWS, generator=torch.Generator().manual_seed(2)),
+    }
+    out = loss(leaves, tokens, actions, **options)
+    grads = torch.autograd.grad(out.loss, leaves)
+    assert sum(products) < 2 * ROWS
+    wanted, expected = exact_in_float64(leaves, tokens, actions, lambda o: o.loss, **options)
+    agree(out[:4], wanted[:4])
+    agree(grads, expected)
 
 
 def test_second_backward_and_gradients_of_the_other_outputs():

@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tdkd import ops
-from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn, ReverseKL
+from tdkd.objectives import (
+    JSD,
+    LK,
+    LSIQ,
+    SQIL,
+    CrossEntropy,
+    ForwardKL,
+    IQLearn,
+    ReverseKL,
+    SkewKL,
+    SoftTD,
+    TotalVariation,
+)
 
 INF = math.inf
 EOS = 2
@@ -405,20 +417,101 @@ OBJECTIVES = (
     ForwardKL(tail=True),
     ReverseKL(),
     ReverseKL(tail=True),
+    *(IQLearn(phi, alpha=0.7) for phi in ("reverse_kl", "forward_kl", "hellinger", "js", "tv")),
+    IQLearn("js", alpha=1.0, expectation="teacher", value="initial"),
+    LSIQ(stop_gradient=None),
+    LSIQ(0.3, expert="fixed", clip=False, stop_gradient=None),
+    SQIL(reward=0.5, stop_gradient=None),
+    SoftTD(stop_gradient=None),
+    SoftTD(2, stop_gradient=None, huber=0.8),
+    SoftTD(lam=0.6, stop_gradient=None),
+    *(kind(tail=tail) for kind in (JSD, SkewKL, TotalVariation, LK) for tail in (False, True)),
+    JSD(0.2, tail=True),
+    SkewKL(0.3, reverse=True),
 )
+
+
+PHIS = {
+    "chi2": (lambda x: x - x * x / 4, -INF),
+    "reverse_kl": (lambda x: 1 - math.exp(-x), math.log(0.1)),
+    "forward_kl": (lambda x: math.log(1 + x), -0.9),
+    "hellinger": (lambda x: x / (1 + x), 10**-0.5 - 1),
+    "js": (lambda x: math.log(2 - math.exp(-x)), math.log(0.55)),
+    "tv": (lambda x: min(x, 0.5), -INF),
+    "identity": (lambda x: x, -INF),
+}
+
+
+def concave(name, x):
+    """phi, which is a line of slope 10 to the left of its knee."""
+    phi, knee = PHIS[name]
+    if name == "tv":
+        assume(abs(x - 0.5) > 1e-3)
+    return phi(x) if x >= knee else phi(knee) + 10 * (x - knee)
+
+
+def distance(p, q):
+    """Total variation of two lists of log-probabilities, away from its kinks."""
+    ps, qs = [math.exp(a) for a in p], [math.exp(b) for b in q]
+    for a, b in zip(ps, qs, strict=True):
+        assume(abs(a - b) > 1e-3 or a == b == 0 or min(a, b) > 1 - 1e-9)
+    return math.fsum(abs(a - b) for a, b in zip(ps, qs, strict=True)) / 2
+
+
+def mixed(p, q, weight):
+    total = [weight * math.exp(a) + (1 - weight) * math.exp(b) for a, b in zip(p, q, strict=True)]
+    return [math.log(m) if m > 0 else -INF for m in total]
+
+
+def divergence(objective, p, q):
+    """Of the student q to the teacher p, both log-probabilities on the set (and its tail)."""
+    if isinstance(objective, ForwardKL):
+        return kl(p, q)
+    if isinstance(objective, ReverseKL):
+        return kl(q, p)
+    if isinstance(objective, JSD):
+        m = mixed(p, q, objective.beta)
+        return objective.beta * kl(p, m) + (1 - objective.beta) * kl(q, m)
+    if isinstance(objective, SkewKL):
+        p, q = (q, p) if objective.reverse else (p, q)
+        return kl(p, mixed(p, q, objective.alpha))
+    if isinstance(objective, TotalVariation):
+        return distance(p, q)
+    accepted = 1 - distance(p, q)
+    assume(accepted > 1e-6)
+    return -math.log(accepted) if max(p) > -INF else 0.0
+
+
+def lead_of(objective, i, level, successor, known, gamma, steps=None):
+    """gamma D' of row i: ``level`` is D of each row."""
+    if not gamma:
+        return 0.0
+    steps = objective.steps if steps is None else steps
+    s = successor[i]
+    if s == -1:
+        return 0.0
+    if not known[i]:
+        return level[i]
+    if objective.lam:
+        rest = lead_of(objective, s, level, successor, known, gamma)
+        return gamma * ((1 - objective.lam) * level[s] + objective.lam * rest)
+    if steps == 1:
+        return gamma * level[s]
+    return gamma * lead_of(objective, s, level, successor, known, gamma, steps - 1)
 
 
 def kl(p, q):
     return math.fsum(math.exp(a) * (a - b) if b != -INF else INF for a, b in zip(p, q) if a != -INF)  # noqa: B905
 
 
-def row_loss(objective, q, log_p, taken, value, future, log_z):
-    """One row: Q and log pi* on the set, slot of the taken token, V, gamma V', and log Z - level
-    (what is to be taken from Q to make it the full-vocabulary log-probability)."""
+def row_loss(objective, q, log_p, taken, value, future, log_z, gamma, count, lead):
+    """One row: Q and log pi* on the set, slot of the taken token, V, gamma V', log Z - level (what
+    is to be taken from Q to make it the full-vocabulary log-probability), gamma, rows of the
+    response (on its first row) and gamma D'."""
     if isinstance(objective, IQLearn):
 
         def phi(x):
-            return x if objective.phi == "identity" else x - x * x / (4 * objective.alpha)
+            return objective.alpha * concave(objective.phi, x / objective.alpha)
 
         if objective.expectation == "token":
             expected = phi(q[taken] - future)
@@ -429,7 +522,26 @@ def row_loss(objective, q, log_p, taken, value, future, log_z):
                 for x, lp in zip(q, log_p, strict=True)
                 if lp != -INF
             )
+        if objective.value == "initial":
+            return (1 - gamma) * count * value - expected
         return value - future - expected
+    if isinstance(objective, SQIL):
+        return (q[taken] - objective.reward - future) ** 2
+    if isinstance(objective, LSIQ):
+        c, greatest = objective.c, 1 / (objective.c * (1 - gamma))
+        if objective.clip:
+            assume(abs(abs(future) - gamma * greatest) > 1e-3 or not gamma)
+            future = max(-gamma * greatest, min(future, gamma * greatest))
+        x, v = q[taken] - future, value - future
+        students = v + c / 2 * v**2
+        if objective.expert == "fixed":
+            return students + c / 2 * (q[taken] - greatest) ** 2
+        return students - x + c / 2 * x**2
+    if isinstance(objective, SoftTD):
+        if log_p[taken] == -INF:
+            return 0.0
+        error, edge = abs(q[taken] - log_p[taken] - lead), objective.huber or INF
+        return error**2 if error < edge else edge * (2 * error - edge)
     if isinstance(objective, CrossEntropy):
         return (log_z if objective.tail else value) - q[taken]
     if objective.tail:
@@ -444,7 +556,7 @@ def row_loss(objective, q, log_p, taken, value, future, log_z):
         on_set = log_sum_exp(log_p)
         teacher = [lp - on_set if lp != -INF else -INF for lp in log_p]
         student = [x - value for x in q]
-    return kl(teacher, student) if isinstance(objective, ForwardKL) else kl(student, teacher)
+    return divergence(objective, teacher, student)
 
 
 def td_rows(student, teacher, tokens, successor, objective, *, q, k, top_p, gamma):
@@ -457,21 +569,34 @@ def td_rows(student, teacher, tokens, successor, objective, *, q, k, top_p, gamm
         [student[i][a] - (level[i] if q == "log_prob" else 0) for a in sets[i][0]] for i in rows
     ]
     value = [log_sum_exp(on_set[i]) if state[i] else 0.0 for i in rows]
+    known = [state[i] and (s == -1 or (s >= 0 and state[s])) for i, s in enumerate(successor)]
+    theirs = [log_sum_exp(sets[i][1]) for i in rows]
+    excess = [v - t if state[i] and t > -INF else 0.0 for i, v, t in zip(rows, value, theirs)]  # noqa: B905
+    after = {s for i, s in enumerate(successor) if known[i]}
     out = []
     for i in rows:
         if not state[i]:
             out.append((0.0, 0.0, 0.0, 0.0, False))
             continue
         s = successor[i]
-        known = s == -1 or (s >= 0 and state[s])
-        bootstraps = known or gamma == 0
-        future = gamma * value[s] if known and s >= 0 else 0.0
+        bootstraps = known[i] or gamma == 0
+        future = gamma * value[s] if known[i] and s >= 0 else 0.0
         taken = sets[i][0].index(tokens[i])
         counts = bootstraps or not objective.bootstraps
         log_z = 0.0 if q == "log_prob" else level[i]
         loss = 0.0
         if counts:
-            loss = row_loss(objective, on_set[i], sets[i][1], taken, value[i], future, log_z)
+            count, j = 0, i
+            while i not in after and (known[j] or (state[j] and gamma == 0)):
+                count, j = count + 1, successor[j]
+                if j < 0:
+                    break
+            lead = 0.0
+            if isinstance(objective, SoftTD):
+                lead = lead_of(objective, i, excess, successor, known, gamma)
+            loss = row_loss(
+                objective, on_set[i], sets[i][1], taken, value[i], future, log_z, gamma, count, lead
+            )
         delta = on_set[i][taken] - future if bootstraps else 0.0
         out.append((loss, on_set[i][taken], value[i], delta, counts))
     return out

@@ -8,7 +8,7 @@ import torch
 
 from tdkd.errors import UserError
 from tdkd.models import load_model, load_tokenizer
-from tdkd.objectives import ForwardKL, IQLearn
+from tdkd.objectives import ForwardKL, IQLearn, parse
 from tdkd.trainer import TDConfig, TDTrainer, response_rows
 
 datasets = pytest.importorskip("datasets")
@@ -50,7 +50,17 @@ def config(path, **options):
     return TDConfig(output_dir=str(path), **{**defaults, **options})
 
 
-def trainer(tmp_path, teacher, student, data=None, objective=None, peft_config=None, **options):
+def trainer(
+    tmp_path,
+    teacher,
+    student,
+    data=None,
+    objective=None,
+    objective_text=None,
+    peft_config=None,
+    **options,
+):
+    options["objective"] = objective_text
     return TDTrainer(
         load_model(student),
         None if teacher is None else str(teacher),
@@ -432,3 +442,30 @@ def test_objective_of_the_config(tmp_path):
     objective = config(tmp_path).build_objective()
     expected = 1.0 * ForwardKL(tail=True) + 0.1 * IQLearn(alpha=1.0, stop_gradient="next")
     assert repr(objective) == repr(expected)
+
+
+def test_objective_by_name(tmp_path, tiny_teacher, tiny_student):
+    text = "0.5 * JSD(0.3, tail=True) + SoftTD(lam=0.8) + 0.1 * IQLearn('js', value='initial')"
+    assert repr(config(tmp_path, objective=text).build_objective()) == repr(parse(text))
+    named = trainer(tmp_path, tiny_teacher, tiny_student, objective_text=text)
+    given = trainer(tmp_path, tiny_teacher, tiny_student, objective=parse(text))
+    for run in (named, given):
+        run.train()
+    assert losses(named) == losses(given)
+    assert losses(named)[0] != losses(named)[1]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"objective": "KL()"}, "objective: expected one of ForwardKL, .*got KL"),
+        ({"objective": "IQLearn(alpha=0)"}, "alpha: expected a number > 0, got 0"),
+        (
+            {"objective": "JSD", "td_weight": 0.5},
+            "td_weight: expected it to be left out beside objective, got 0.5",
+        ),
+    ],
+)
+def test_a_wrong_objective_is_named(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        TDConfig(output_dir=str(tmp_path), **options)

@@ -201,6 +201,9 @@ def _verify(
         list[str] | None, typer.Option(help="float32, bfloat16, float16; may be repeated")
     ] = None,
     op: Annotated[list[str] | None, typer.Option(help="this op alone; may be repeated")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="an objective of yours, module:name, in place of the ops")
+    ] = None,
     full: Annotated[
         bool, typer.Option("--full/--quick", help="200 cases of each op and dtype, not 12")
     ] = False,
@@ -219,6 +222,7 @@ def _verify(
         full=full,
         seed=seed,
         output=json,
+        objective=objective,
     )
 
 

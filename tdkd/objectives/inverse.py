@@ -26,21 +26,26 @@ class Concave(NamedTuple):
     """phi from ``knee`` on."""
     knee: float = -math.inf
     """below it phi is its tangent there, of slope ``STEEPEST``."""
+    height: float = 0.0
+    """``phi(knee)``."""
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.knee == -math.inf:
             return self.function(x)
-        height = float(self.function(torch.tensor(self.knee, dtype=torch.float64)))
-        above = self.function(x.clamp(min=self.knee))
-        return torch.where(x < self.knee, height + STEEPEST * (x - self.knee), above)
+        tangent = self.height + STEEPEST * (x - self.knee)
+        return torch.where(x < self.knee, tangent, self.function(x.clamp(min=self.knee)))
+
+
+def _with_tangent(function: Callable[[Tensor], Tensor], knee: float) -> Concave:
+    return Concave(function, knee, float(function(torch.tensor(knee, dtype=torch.float64))))
 
 
 PHIS: dict[str, Concave] = {
     "chi2": Concave(lambda x: x - x.square() / 4),
-    "reverse_kl": Concave(lambda x: -torch.expm1(-x), -math.log(STEEPEST)),
-    "forward_kl": Concave(torch.log1p, 1 / STEEPEST - 1),
-    "hellinger": Concave(lambda x: x / (1 + x), STEEPEST**-0.5 - 1),
-    "js": Concave(lambda x: torch.log1p(-torch.expm1(-x)), math.log((1 + 1 / STEEPEST) / 2)),
+    "reverse_kl": _with_tangent(lambda x: -torch.expm1(-x), -math.log(STEEPEST)),
+    "forward_kl": _with_tangent(torch.log1p, 1 / STEEPEST - 1),
+    "hellinger": _with_tangent(lambda x: x / (1 + x), STEEPEST**-0.5 - 1),
+    "js": _with_tangent(lambda x: torch.log1p(-torch.expm1(-x)), math.log((1 + 1 / STEEPEST) / 2)),
     "tv": Concave(lambda x: x.clamp(max=0.5)),
     "identity": Concave(lambda x: x),
 }

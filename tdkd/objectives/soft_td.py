@@ -30,6 +30,8 @@ class SoftTD(Objective):
     A student that equals the teacher has no error, whatever n and lambda (with ``q="log_prob"``;
     raw logits must come down to that level first).
 
+    With a target network (``target_value`` of :func:`tdkd.ops.td_loss`) V in D is its.
+
     A token that the teacher excludes (logit -inf) has no reward, and its row gives 0.
 
     Args:
@@ -92,13 +94,14 @@ class SoftTD(Objective):
         """``gamma D'``, ``[N]``."""
         if not rows.gamma:
             return torch.zeros_like(rows.value)
+        value = rows.value if rows.target_value is None else rows.target_value
         theirs = rows.teacher_log_mass
-        theirs = torch.where(theirs > -torch.inf, theirs, rows.value.detach())
+        theirs = torch.where(theirs > -torch.inf, theirs, value.detach())
         if self.rowwise:
             return rows.gamma * (rows.next_value - rows.following(theirs))
         from tdkd import ops  # which imports this module
 
-        ahead = rows.value - theirs
+        ahead = value - theirs
         for _ in range(self.steps):
             ahead = ops.td_target(
                 ahead, rows.successor, gamma=rows.gamma, lam=self.lam, impl="reference"
