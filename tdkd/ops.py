@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ __all__ = [
 ]
 
 Impl = Literal["auto", "reference", "fused"]
-Level = Literal["log_prob", "logit"]
+Level = Literal["log_prob", "logit", "shifted"]
 Normaliser = Literal["exact", "batch"]
 Reduction = Literal["mean", "sum", "none"]
 
@@ -293,6 +293,7 @@ def td_loss(
     gamma: float = 0.99,
     successor: Tensor | None = None,
     target_value: Tensor | None = None,
+    state_value: Tensor | None = None,
     temperature: float = 1.0,
     teacher_temperature: float = 1.0,
     softcap: float | None = None,
@@ -320,7 +321,8 @@ def td_loss(
         tokens: taken tokens ``(...)``, already shifted; ``ignore_index`` where a row is no state.
         objective: see :mod:`tdkd.objectives`; None is ``IQLearn()``.
         q: ``"log_prob"``: Q is the student's full-vocabulary log-probability; ``"logit"``: its
-            logit (the paper), whose level is free.
+            logit (the paper), whose level is free; ``"shifted"``: its logit less the set's largest,
+            and no less than -10 (the authors' code, which takes the whole row's largest).
         k: cap of an action set, >= 1.
         top_p: teacher probability that a set must reach, in (0, 1].
         gamma: discount in [0, 1].
@@ -329,6 +331,9 @@ def td_loss(
         target_value: soft values ``(...)`` of a target network on the same rows and sets, for V' in
             place of the student's own: the ``value`` of this op with the target network's logits.
             No gradient.
+        state_value: v ``(...)``, nats, added to every Q of its row, and so to V, as a value head
+            gives it: ``Q = log pi + v(s)``. Differentiable. The policy does not change, so that
+            only objectives that look ahead see it.
         temperature: divides the student's logits, > 0. The loss is not multiplied by T^2.
         teacher_temperature: divides the teacher's logits, > 0.
         softcap: the student's, as in :func:`select_actions`; likewise the next three.
@@ -397,6 +402,7 @@ def td_loss(
         gamma=gamma,
         successor=successor,
         target_value=target_value,
+        state_value=state_value,
         ignore_index=ignore_index,
         impl=impl,
     )
@@ -702,6 +708,7 @@ def linear_td_loss(
     gamma: float = 0.99,
     successor: Tensor | None = None,
     target_value: Tensor | None = None,
+    state_value: Tensor | None = None,
     temperature: float = 1.0,
     teacher_temperature: float = 1.0,
     bias: Tensor | None = None,
@@ -839,6 +846,7 @@ def linear_td_loss(
         gamma=gamma,
         successor=successor,
         target_value=target_value,
+        state_value=state_value,
         ignore_index=ignore_index,
         impl=impl,
     )
@@ -878,6 +886,7 @@ def _in_forward(rows: TDRows, hidden: Tensor, weight: Tensor) -> bool:
     of float16 would also lose what a loss scale, which comes in backward, is there to keep."""
     return (
         getattr(rows.objective, "rowwise", False)
+        and rows.state_value is None
         and torch.is_grad_enabled()
         and (hidden.requires_grad or weight.requires_grad)
         and not torch.compiler.is_compiling()
@@ -926,7 +935,7 @@ def _head_rows_of(impl: Impl, hidden: Tensor, weight: Tensor, k: int) -> Callabl
 
 
 def _needs_normaliser(objective: ObjectiveLike, q: Level) -> bool:
-    _choice("q", q, ("log_prob", "logit"))
+    _choice("q", q, get_args(Level))
     return q == "log_prob" or getattr(objective, "normalised", True)
 
 
@@ -939,16 +948,17 @@ def _td_rows(
     gamma: float,
     successor: Tensor | None,
     target_value: Tensor | None,
+    state_value: Tensor | None,
     ignore_index: int,
     impl: Impl,
 ) -> TDRows:
     _within("gamma", gamma, 0.0, 1.0)
     lead = tokens.shape
-    if target_value is not None:
-        _floating("target_value", target_value, dims=0)
-        _same_shape("target_value", target_value, lead, "the rows")
-        _same_device("target_value", target_value, tokens)
-        target_value = target_value.reshape(-1)
+    for name, given in (("target_value", target_value), ("state_value", state_value)):
+        if given is not None:
+            _floating(name, given, dims=0)
+            _same_shape(name, given, lead, "the rows")
+            _same_device(name, given, tokens)
     if successor is None:
         successor = successors(tokens.reshape(lead or (1,)), ignore_index=ignore_index).view(lead)
     _successor(successor, lead, tokens)
@@ -960,10 +970,11 @@ def _td_rows(
         successor.reshape(-1),
         ignore_index=ignore_index,
         objective=objective,
-        log_prob=q == "log_prob",
+        level=q,
         gamma=gamma,
         soft_value=partial(soft_value, impl=impl),
-        target_value=target_value,
+        target_value=None if target_value is None else target_value.reshape(-1),
+        state_value=None if state_value is None else state_value.reshape(-1),
     )
 
 

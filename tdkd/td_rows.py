@@ -16,6 +16,9 @@ from tdkd.kernels.td_target.reference import next_value, td_target
 from tdkd.objectives import ObjectiveLike
 from tdkd.types import Rows
 
+FLOOR = -10.0
+"""Lowest Q of the level ``"shifted"``, nats below the largest of the set."""
+
 
 class RowTerms(NamedTuple):
     """What each of N rows gives, ``[N]``; 0 where it does not count."""
@@ -45,10 +48,12 @@ class TDRows:
     target_value: Tensor | None
     """``[N]``: the soft values of a target network."""
     objective: ObjectiveLike
-    log_prob: bool
-    """whether Q is the log-probability, not the logit."""
+    level: str
+    """what Q is: as ``q`` of :func:`tdkd.ops.td_loss`."""
     gamma: float
     soft_value: Callable[[Tensor], Tensor]
+    state_value: Tensor | None = None
+    """``[N]``: added to Q, by a value head; differentiable."""
 
     @classmethod
     def of(
@@ -60,10 +65,11 @@ class TDRows:
         *,
         ignore_index: int,
         objective: ObjectiveLike,
-        log_prob: bool,
+        level: str,
         gamma: float,
         soft_value: Callable[[Tensor], Tensor],
         target_value: Tensor | None = None,
+        state_value: Tensor | None = None,
     ) -> TDRows:
         """Of flat ids ``[N, k]``; tokens, successors and values of a target network ``[N]``."""
         taken = tokens.long()
@@ -81,6 +87,8 @@ class TDRows:
             initial = _initial(state, successor, bool(gamma))
         if target_value is not None:
             target_value = torch.where(state, target_value.detach(), 0.0)
+        if state_value is not None:
+            state_value = torch.where(state, state_value, 0.0)
         return cls(
             ids,
             log_probs,
@@ -90,9 +98,10 @@ class TDRows:
             initial,
             target_value,
             objective,
-            log_prob,
+            level,
             gamma,
             soft_value,
+            state_value,
         )
 
     @property
@@ -122,6 +131,7 @@ class TDRows:
             successor=successor,
             initial=None if self.initial is None else self.initial[index],
             target_value=None if self.target_value is None else self.target_value[index],
+            state_value=None if self.state_value is None else self.state_value[index],
         )
 
     def __call__(self, z: Tensor, log_rest: Tensor | None) -> RowTerms:
@@ -135,9 +145,15 @@ class TDRows:
             log_z = torch.where(state, torch.logaddexp(value, log_rest), 0.0)
             log_mass = value - log_z
             log_tail = torch.where(state, log_rest - log_z, 0.0)
-            if self.log_prob:
+            if self.level == "log_prob":
                 z = z - log_z.unsqueeze(-1)
                 value = log_mass
+        if self.level == "shifted":
+            z = _shifted(z, valid)
+            value = torch.where(state, self.soft_value(z), 0.0)
+        if self.state_value is not None:
+            z = z + self.state_value.to(z.dtype).unsqueeze(-1)
+            value = value + self.state_value.to(z.dtype)
         blank = ~state.unsqueeze(-1)
         target = None if self.target_value is None else self.target_value.to(value.dtype)
         # at gamma = 0 an infinite V' is of no concern
@@ -167,6 +183,13 @@ class TDRows:
         q_taken = torch.where(state, rows.taken(rows.q), 0.0)
         td_error = torch.where(rows.bootstrapped, q_taken - self.gamma * rows.next_value, 0.0)
         return RowTerms(per_row, q_taken, value, td_error)
+
+
+def _shifted(z: Tensor, valid: Tensor) -> Tensor:
+    """Relative to the largest of the set, and no lower than ``FLOOR``; -inf where padded."""
+    best = torch.where(valid, z, -torch.inf).amax(-1, keepdim=True) if z.shape[-1] else z
+    best = torch.where(best.isfinite(), best, 0.0)
+    return torch.where(valid, (z - best).clamp(min=FLOOR), -torch.inf)
 
 
 def _initial(state: Tensor, successor: Tensor, discounted: bool) -> Tensor:

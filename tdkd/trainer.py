@@ -72,7 +72,10 @@ class TDConfig(SFTConfig):
     gamma: float = field(default=0.99, metadata={"help": "Discount of the TD term."})
     q_level: str = field(
         default="log_prob",
-        metadata={"help": "What Q is: the student's 'log_prob', or its 'logit' (the paper)."},
+        metadata={
+            "help": "What Q is: the student's 'log_prob', its 'logit' (the paper), or its logit "
+            "'shifted' by the set's largest (the authors' code)."
+        },
     )
     normaliser: str = field(
         default="batch",

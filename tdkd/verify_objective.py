@@ -295,7 +295,7 @@ def _rowwise(objective: ObjectiveLike, case: Case) -> Iterator[str]:
         case.options["successor"],
         ignore_index=-100,
         objective=objective,
-        log_prob=case.options["q"] == "log_prob",
+        level=case.options["q"],
         gamma=case.options["gamma"],
         soft_value=ops.soft_value,
     )
