@@ -9,6 +9,10 @@ from tdkd.objectives import ForwardKL, IQLearn, SoftTD
 N, V, K, H = 7, 30, 5, 6
 SUCCESSOR = torch.tensor([1, 2, -1, 4, 5, -2, -1])
 GAMMA = 0.9
+LEARNED = [
+    IQLearn(alpha=1.0),
+    ForwardKL(tail=True) + 0.1 * SoftTD(stop_gradient=None),
+]
 
 
 def make(dtype=torch.float64):
@@ -57,7 +61,9 @@ def test_shifted_does_not_know_the_level():
 
 
 @pytest.mark.parametrize("q", ["log_prob", "logit", "shifted"])
-@pytest.mark.parametrize("objective", [IQLearn(alpha=1.0), ForwardKL(tail=True) + 0.1 * SoftTD(stop_gradient=None)])
+@pytest.mark.parametrize(
+    "objective", [IQLearn(alpha=1.0), ForwardKL(tail=True) + 0.1 * SoftTD(stop_gradient=None)]
+)
 def test_a_value_head_adds_to_every_q_of_its_row(q, objective):
     hidden, weight, teacher, tokens = make()
     head = torch.randn(H, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
