@@ -29,7 +29,7 @@ from torch.autograd.gradcheck import GradcheckError
 
 from tdkd import ops
 from tdkd.errors import UserError
-from tdkd.objectives import ObjectiveLike
+from tdkd.objectives import ObjectiveLike, parse
 from tdkd.td_rows import TDRows
 from tdkd.types import Rows
 from tdkd.verify import Finding
@@ -39,11 +39,17 @@ SAME = {"rtol": 1e-9, "atol": 1e-11}
 
 
 def load(spec: str) -> ObjectiveLike:
-    """The objective at ``module:name``: a class is called without arguments.
+    """The objective at ``module:name`` (a class is called without arguments), or, without a colon,
+    that of a text for :func:`tdkd.objectives.parse`.
 
     Raises:
         UserError: there is no such thing, or it is no objective.
     """
+    if ":" not in spec:
+        try:
+            return parse(spec)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise UserError(f"objective: expected module:name, got {spec!r}")

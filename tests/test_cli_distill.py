@@ -60,6 +60,22 @@ def test_a_run_leaves_a_student_and_a_log_and_resumes(setting, tmp_path, capsys)
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
 
 
+def test_an_objective_by_name_in_the_file_and_as_a_flag(setting, tmp_path):
+    path, content = setting
+    text = "JSD(0.3, tail=True) + 0.1 * SoftTD(steps=2)"
+    logs = []
+    for name, flags in (("file", []), ("flag", ["--objective", text])):
+        changed = {"output_dir": str(tmp_path / name), "save_strategy": "no"}
+        if name == "file":
+            changed["objective"] = text
+        path.write_text(yaml.safe_dump({**content, **changed}))
+        distill.run([str(path), *flags])
+        log = json.loads((tmp_path / name / "log.json").read_text())
+        logs.append([entry["loss"] for entry in log if "loss" in entry])
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 2
+
+
 def test_a_truncated_answer_has_no_end(tmp_path, tiny_student):
     tokenizer = load_tokenizer(tiny_student)
     data = tmp_path / "data.jsonl"
@@ -79,6 +95,12 @@ REFUSED = {
     "unknown_flag": (["--action_topk", "3"], {}, "action_topk"),
     "bad_value": ([], {"gamma": 2.0}, "gamma: expected a number in [0, 1], got 2.0"),
     "bad_flag_value": (["--max_steps", "many"], {}, "max_steps"),
+    "bad_objective": ([], {"objective": "KL() + JSD"}, "objective: expected one of ForwardKL"),
+    "two_objectives": (
+        ["--td_weight", "0.3"],
+        {"objective": "JSD"},
+        "td_weight: expected it to be left out beside objective, got 0.3",
+    ),
     "no_data": ([], {"train_file": "nowhere.jsonl"}, "train_file: expected a JSONL file"),
     "no_student": ([], {"model_name_or_path": "nowhere"}, "model_name_or_path: expected"),
     "no_teacher": ([], {"teacher_model_name_or_path": None}, "teacher_model: expected"),

@@ -218,6 +218,41 @@ def test_acceptance_does_not_underflow():
     torch.testing.assert_close(gradient, torch.tensor([[1.0, -0.5, -0.5]]))
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        *(kind(tail=tail) for kind in (JSD, TotalVariation, LK) for tail in (False, True)),
+        *(SkewKL(0.1, reverse=r, tail=tail) for r in (False, True) for tail in (False, True)),
+    ],
+    ids=repr,
+)
+def test_bounded_divergences_stay_finite_where_one_model_excludes_a_token(objective):
+    """The student excludes one member of the set, the teacher another; both one more."""
+    inf = math.inf
+    student = torch.tensor([[-inf, 1.0, -1.5, -inf, 0.3]], dtype=torch.float64).requires_grad_()
+    teacher = torch.tensor([[3.0, -inf, 2.0, -inf, 0.1]], dtype=torch.float64)
+    out = ops.td_loss(student, teacher, torch.tensor([1]), objective=objective, k=3, top_p=1.0)
+    assert out.actions.ids.tolist() == [[0, 2, 1]]
+    assert out.loss.isfinite()
+    (gradient,) = torch.autograd.grad(out.loss, student)
+    assert gradient.isfinite().all()
+    assert (gradient[student == -inf] == 0).all()
+    assert gradient.abs().max() > 1e-3
+
+
+def test_models_without_a_token_in_common_have_no_acceptance():
+    inf = math.inf
+    student = torch.tensor([[-inf, 1.0], [1.0, 0.0]], requires_grad=True)
+    teacher = torch.tensor([[1.0, -inf], [0.0, 1.0]])
+    tokens = torch.tensor([1, 0])
+    out = ops.td_loss(student, teacher, tokens, objective=LK(), k=2, top_p=1.0, reduction="none")
+    assert out.loss[0] == inf
+    assert out.loss[1].isfinite()
+    (gradient,) = torch.autograd.grad(out.loss.sum(), student)
+    assert (gradient[0] == 0).all()
+    assert (gradient[1] != 0).all()
+
+
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_equal_models_have_no_divergence(batch, kind):
     _, teacher, tokens, successor = batch
@@ -516,8 +551,9 @@ TEXTS = {
     "ForwardKL * JSD": "objective: expected a number times an objective, got ForwardKL \\* JSD",
     "True * JSD": "objective: expected a number times an objective",
     "IQLearn(alfa=1)": "objective: expected options of IQLearn \\(phi, alpha, .*got alfa$",
-    "IQLearn(alpha=-1)": "objective: in IQLearn\\(alpha=-1\\): alpha: expected a number > 0",
-    "IQLearn(alpha='1')": "alpha: expected a number > 0, got '1'",
+    "IQLearn(alpha=-1)": "objective: in IQLearn\\(alpha=-1\\): alpha: expected a finite number > 0",
+    "IQLearn(alpha='1')": "alpha: expected a finite number > 0, got '1'",
+    "IQLearn(alpha=1e999)": "alpha: expected a finite number > 0, got inf",
     "IQLearn(alpha=open('x'))": "expected a number, a string, True, False or None .*got open",
     "JSD(**{'beta': 1})": "expected options of JSD \\(beta, tail\\), got \\*\\*",
     "JSD(True)": "beta: expected a number in \\[0, 1\\], got True",
@@ -532,9 +568,9 @@ TEXTS = {
     "SoftTD(1.5)": "steps: expected an int, got float",
     "SoftTD(lam=2)": "lam: expected a number in \\[0, 1\\], got 2",
     "SoftTD(2, lam=0.5)": "steps: expected 1 with lam=0.5, got 2",
-    "SoftTD(huber=0)": "huber: expected a number > 0, got 0",
+    "SoftTD(huber=0)": "huber: expected a finite number > 0, got 0",
     "SoftTD(stop_gradient='all')": "stop_gradient: expected one of None, 'next', got 'all'",
-    "LSIQ(0)": "c: expected a number > 0, got 0",
+    "LSIQ(0)": "c: expected a finite number > 0, got 0",
     "LSIQ(expert='free')": "expert: expected one of 'bootstrap', 'fixed', got 'free'",
     "LSIQ(clip=2)": "clip: expected one of False, True, got 2",
     "SQIL(reward='1')": "reward: expected a number or a function of Rows, got str",

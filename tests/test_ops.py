@@ -766,7 +766,7 @@ REFUSED = {
         "extra: .*got -1",
     ),
     "phi": (lambda: IQLearn("chi"), "phi: expected one of 'chi2', .*'identity', got 'chi'"),
-    "alpha": (lambda: IQLearn(alpha=0.0), "alpha: expected a number > 0, got 0.0"),
+    "alpha": (lambda: IQLearn(alpha=0.0), "alpha: expected a finite number > 0, got 0.0"),
     "expectation": (lambda: IQLearn(expectation="all"), "expectation: .*got 'all'"),
     "stop_gradient": (lambda: IQLearn(stop_gradient="v"), "stop_gradient: .*got 'v'"),
     "impl": (lambda: ops.soft_value(torch.zeros(2), impl="cuda"), "impl: .*got 'cuda'"),

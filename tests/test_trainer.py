@@ -459,7 +459,7 @@ def test_objective_by_name(tmp_path, tiny_teacher, tiny_student):
     "options, message",
     [
         ({"objective": "KL()"}, "objective: expected one of ForwardKL, .*got KL"),
-        ({"objective": "IQLearn(alpha=0)"}, "alpha: expected a number > 0, got 0"),
+        ({"objective": "IQLearn(alpha=0)"}, "alpha: expected a finite number > 0, got 0"),
         (
             {"objective": "JSD", "td_weight": 0.5},
             "td_weight: expected it to be left out beside objective, got 0.5",

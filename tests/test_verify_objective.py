@@ -261,7 +261,8 @@ def test_the_command_fails_and_tells_how_to_see_it_again(module, tmp_path, capsy
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("ForwardKL", "objective: expected module:name, got 'ForwardKL'"),
+        (":ForwardKL", "objective: expected module:name, got ':ForwardKL'"),
+        ("KL(tail=True)", "objective: expected one of ForwardKL, .*got KL"),
         ("nowhere.at.all:X", "objective: expected a module to import, got 'nowhere.at.all:X'"),
         ("tdkd.objectives:KL", "objective: expected a name in tdkd.objectives, got"),
         ("{}:Needs", "objective: expected a class that needs no arguments, got"),
@@ -282,6 +283,7 @@ def test_options_of_the_ops_are_refused_beside_an_objective():
         run(**{**OPTIONS, "objective": spec, "device": "nowhere"})
 
 
-def test_load_takes_nested_names():
+def test_load_takes_paths_and_texts(module):
     assert isinstance(load("tdkd.objectives.inverse:IQLearn"), IQLearn)
-    assert load("tdkd.objectives.text:parse.__call__") is not None
+    text = "0.5 * ForwardKL(tail=True) + 1 * SoftTD(steps=2)"
+    assert repr(load(text)) == repr(0.5 * ForwardKL(tail=True) + SoftTD(2))

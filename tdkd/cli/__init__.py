@@ -202,7 +202,8 @@ def _verify(
     ] = None,
     op: Annotated[list[str] | None, typer.Option(help="this op alone; may be repeated")] = None,
     objective: Annotated[
-        str | None, typer.Option(help="an objective of yours, module:name, in place of the ops")
+        str | None,
+        typer.Option(help="in place of the ops: module:name of an objective, or a sum of ours"),
     ] = None,
     full: Annotated[
         bool, typer.Option("--full/--quick", help="200 cases of each op and dtype, not 12")

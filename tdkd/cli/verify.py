@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -56,7 +57,7 @@ def run(
             number = found.failures[0].split(":")[0].removeprefix("seed ")
             what = f"--op {found.op} --dtype {found.dtype}"
             if objective is not None:
-                what = f"--objective {objective}"
+                what = f"--objective {shlex.quote(objective)}"
             console.print(
                 f"  again: tdkd verify {what} --device {device} --seed {number} --cases 1",
                 markup=False,
@@ -108,7 +109,7 @@ def _of_objective(spec: str, device: str, cases: int, seed: int) -> list[verify.
         task = progress.add_task("verify", total=len(verify_objective.QUESTIONS))
         drawn = verify_objective.verify_objective(
             objective,
-            name=spec.partition(":")[2],
+            name=spec.partition(":")[2] or spec,
             device=device,
             cases=cases,
             seed=seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -91,9 +92,9 @@ def number_in(name: str, value: object, low: float, high: float, interval: str) 
 
 
 def positive(name: str, value: object) -> None:
-    """Refuses what is no number above 0."""
-    if not (_is_number(value) and value > 0):  # type: ignore[operator]
-        raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+    """Refuses what is no finite number above 0."""
+    if not (_is_number(value) and 0 < value < math.inf):  # type: ignore[operator]
+        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
 
 
 def _is_number(value: object) -> bool:
