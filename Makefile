@@ -80,7 +80,7 @@ fuzz:
 	$(FUZZ_CXX) -std=c++20 -O1 -g -Wno-deprecated-declarations -fsanitize=fuzzer,address,undefined \
 		-fno-sanitize-recover=undefined -Icsrc -Itests/fuzz tests/fuzz/rows.cpp -o build/fuzz/rows
 	@echo "==> $(FUZZ_SECONDS) s on $(JOBS) cores; the log is build/fuzz/log"
-	@build/fuzz/rows build/fuzz/corpus -fork=$(JOBS) -max_total_time=$(FUZZ_SECONDS) -max_len=2048 \
+	@build/fuzz/rows build/fuzz/corpus -fork=$(JOBS) -max_total_time=$(FUZZ_SECONDS) -max_len=2048 -len_control=10 \
 		-artifact_prefix=build/fuzz/ > build/fuzz/log 2>&1; status=$$?; \
 	grep -a "cov: " build/fuzz/log | tail -1; \
 	if [ $$status -ne 0 ]; then \
