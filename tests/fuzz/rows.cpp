@@ -551,7 +551,9 @@ void check_head(Bytes& in) {
     for (int64_t i = 0; i < n; ++i) {
       const double product = double(a) * to_float(w[i]), sum = product + h[i];
       const double most = std::abs(product) + std::abs(double(h[i]));
-      if (std::isfinite(most) && most >= FLT_MAX) continue;
+      if (std::isfinite(product) &&
+          std::max(std::abs(product), std::isfinite(most) ? most : 0) >= FLT_MAX)
+        continue;
       require(near(y[i], sum, eps * most + 0x1p-149), "%s: sum %.9g, expected %.9g", name, y[i],
               sum);
     }
