@@ -4,10 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
+CPP_FILES := csrc/*.cpp csrc/*.h benchmarks/rows/*.cpp tests/fuzz/*.cpp tests/fuzz/*.h
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test nightly bench sanitize oldest-triton instructions lint format clean help
+FUZZ_SECONDS ?= 300
+JOBS ?= 2
+
+.PHONY: demo test nightly bench sanitize fuzz oldest-triton instructions lint format clean help
 
 help:
 	@echo "make demo    distil a small student on this machine and write runs/demo/report.md"
@@ -15,6 +19,7 @@ help:
 	@echo "make nightly 20,000 drawn cases of the ops, and 25 times as many of the property tests"
 	@echo "make bench   time the ops against their rivals; results in benchmarks/results/"
 	@echo "make sanitize      the op tests under AddressSanitizer and UBSan"
+	@echo "make fuzz    the row primitives under libFuzzer: FUZZ_SECONDS=300 JOBS=2"
 	@echo "make oldest-triton the Triton kernels on Triton 3.6"
 	@echo "make instructions  instructions a logit of the CPU kernels, under callgrind"
 	@echo "make format  let ruff rewrite what it can"
@@ -36,7 +41,7 @@ demo: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h benchmarks/rows/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 	$(BIN)/mypy
 
 # One thread a worker: the shapes are small, and two workers with two threads each fight for cores.
@@ -64,6 +69,29 @@ sanitize: $(VENV)/.ready
 		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_linear_td_loss.py \
 		-k "not compile and not opcheck and not stable_abi"
 
+# The row primitives of csrc/ against naive oracles, on inputs that libFuzzer makes up. What it learns
+# stays in build/fuzz/corpus. It needs clang alone.
+FUZZ_CXX ?= $(firstword $(foreach version,-19 -18 -17 -16 -15 -14,$(shell command -v clang++$(version))) \
+	$(shell command -v clang++))
+fuzz:
+	@test -n "$(FUZZ_CXX)" || { echo "make fuzz: no clang++; on Debian 12: \
+	apt-get update && apt-get install -y clang-19 libclang-rt-19-dev"; exit 1; }
+	@mkdir -p build/fuzz/corpus
+	$(FUZZ_CXX) -std=c++20 -O1 -g -Wno-deprecated-declarations -fsanitize=fuzzer,address,undefined \
+		-fno-sanitize-recover=undefined -Icsrc -Itests/fuzz tests/fuzz/rows.cpp -o build/fuzz/rows
+	@echo "==> $(FUZZ_SECONDS) s on $(JOBS) cores; the log is build/fuzz/log"
+	@build/fuzz/rows build/fuzz/corpus -fork=$(JOBS) -max_total_time=$(FUZZ_SECONDS) -max_len=2048 -len_control=10 \
+		-artifact_prefix=build/fuzz/ > build/fuzz/log 2>&1; status=$$?; \
+	grep -a "cov: " build/fuzz/log | tail -1; \
+	if [ $$status -ne 0 ]; then \
+		grep -aE "^(portable|avx2|avx512|scale|derivative|scalar): |ERROR|runtime error" build/fuzz/log; \
+		for input in build/fuzz/crash-* build/fuzz/oom-* build/fuzz/timeout-* build/fuzz/leak-*; do \
+			[ ! -e $$input ] || echo "to see it again: build/fuzz/rows $$input"; \
+		done; \
+		exit 1; \
+	fi; \
+	echo "==> Nothing found"
+
 # The Triton kernels on the oldest Triton that is supported; its interpreter needs an older NumPy.
 oldest-triton: $(VENV)/.ready
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --upgrade --quiet --target build/oldest-triton \
@@ -78,7 +106,7 @@ instructions:
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h benchmarks/rows/*.cpp
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -71,7 +71,10 @@ void student_row_backward(const T* x, const float* log_weight, int64_t n, const 
     // exp((x - c) slope) exp(c slope - log_rest): c is rounded, log_rest is not
     const float center = float(log_rest / inner_slope);
     const double residue = double(center) * inner_slope - log_rest;
-    const Vec origin = all(center), factor = all(float(grad_rest * slope * std::exp(residue)));
+    double share = double(grad_rest) * slope * std::exp(residue);
+    // logits of 1e10 round by hundreds of nats; 0 * inf would make NaN of those far below
+    if (std::isfinite(grad_rest)) share = std::clamp<double>(share, -FLT_MAX, FLT_MAX);
+    const Vec origin = all(center), factor = all(float(share));
     const Vec ones = all(1.0f);
     auto write = [&](const T* from, const float* weight, T* to) {
       Vec v = load(from);

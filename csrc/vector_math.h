@@ -1,8 +1,9 @@
 // Row mathematics on Vec. No include guard: simd.h includes it once for each instruction set.
 // max(a, b) gives b where either is NaN, on every instruction set; the order of arguments matters.
 
-/// exp(d * slope), as 2^(d * slope_log2e), to 2e-7 relative for d * slope from -87 to 88. NaN stays
-/// NaN; d below `lowest` = -126 / slope_log2e counts as `lowest`, so that -inf gives 2^-126.
+/// exp(d * slope), as 2^(d * slope_log2e), to 2e-7 relative for d * slope from -87 to 88 (where the
+/// product is not fused, on `portable`, to its own rounding further: 3e-6 at -87). NaN stays NaN; d
+/// below `lowest` = -126 / slope_log2e counts as `lowest`, so that -inf gives 2^-126.
 TDKD_INLINE Vec exp_of(Vec d, Vec slope_log2e, Vec lowest) {
   d = max(lowest, d);
   // adding 1.5 * 2^23 rounds to an integer; 127 makes its low bits the exponent field of 2^n

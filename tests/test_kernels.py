@@ -493,3 +493,16 @@ def test_modules_offer_the_reference_signature():
         assert list(inspect.signature(kernel).parameters) == list(
             inspect.signature(reference).parameters
         )
+
+
+@pytest.mark.parametrize("temperature", [1.7, 0.3])
+def test_a_gradient_of_huge_logits_is_zero_far_below_them(isa, temperature):
+    """Found by make fuzz: the rounding of the level, as a factor, was infinite, and 0 * inf NaN."""
+    level = 10.0 ** torch.arange(8, 21).unsqueeze(-1)
+    logits = torch.cat([level * (1 + 0.013 * j) for j in range(20)]).mul(torch.tensor([1.0, -1.0]))
+    nothing = torch.full((len(logits), 1), -1)
+    scale = temperature, None, 1.0
+    z, log_rest = torch.ops.tdkd.student_rows(logits, nothing, *scale, None, None)
+    given = torch.zeros_like(z), torch.ones_like(log_rest), logits, nothing, log_rest
+    grad = torch.ops.tdkd.student_rows_backward(*given, *scale, None, None)
+    assert not grad[:, 1].any()
