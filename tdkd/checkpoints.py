@@ -56,9 +56,10 @@ def writing(output: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _WRITER.search(str(error)):
             raise
-        shutil.rmtree(output / UNFINISHED, ignore_errors=True)
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"output_dir: expected to write to {output}, got {reason}") from error
+        clear(output)
+        raise UserError(
+            f"output_dir: expected to write to {output}, got {_first_line(error)}"
+        ) from error
 
 
 def publish(output: Path, name: str) -> None:
@@ -133,11 +134,15 @@ def _damage(path: Path, needed: Iterable[str]) -> str | None:
             elif file.suffix == ".safetensors":
                 with safe_open(file, framework="pt"):  # compares the header with the size
                     pass
-            elif file.suffix in (".pt", ".pth", ".bin"):
+            elif file.suffix in (".pt", ".pth") or file.match("training_args.bin"):
                 zipfile.ZipFile(file).close()  # the directory of a zip is at its end
         except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-            return f"{name} that cannot be read ({str(error).strip().splitlines()[0]})"
+            return f"{name} that cannot be read ({_first_line(error)})"
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _names(output: Path) -> list[str]:
