@@ -35,9 +35,8 @@ def main() -> None:
             command = [sys.executable, "-c", TIMED, statement]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             times.append([float(x) for x in done.stdout.split()])
-        torch, own = map(
-            statistics.median, zip(*times[1:], strict=True)
-        )  # the first reads the disk
+        timed = times[1:]  # the first reads the disk
+        torch, own = (statistics.median(column) for column in zip(*timed, strict=True))
         worst = max(own for _, own in timed)
         above |= own > LIMIT
         print(f"{statement}: {own:.3f} s (at most {worst:.3f}) on top of torch's {torch:.2f} s")
