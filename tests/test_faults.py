@@ -192,6 +192,15 @@ def test_distill_goes_on_when_there_is_room_again(
     assert outcome(out) == outcome(tmp_path / "one")
 
 
+def test_no_room_for_the_cache_of_the_data_is_one_line(
+    monkeypatch, capsys, tmp_path, distilling, data
+):
+    with room_for(100):
+        line = refused(monkeypatch, capsys, [*distilling, tmp_path / "out"])
+    assert "File too large" in line
+    assert contents(tmp_path / "out") == {}
+
+
 def test_a_student_that_finds_no_room_is_not_left_in_part(
     monkeypatch, capsys, tmp_path, distilling
 ):

@@ -31,10 +31,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-# sums in one order in every run
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",  # sums in one order in every run
+}
 COMMAND = "import sys; from tdkd.cli import main; main()"
 STEPS = 12
 # entries of the log that count seconds, or this process alone, and not the run
@@ -311,10 +313,14 @@ def rounds_of(job: Job, args: argparse.Namespace, work: Path) -> tuple[int, int]
                 kill = partial(in_a_checkpoint, out=out, which=which, delay=delay)
             else:
                 part = (number + draw.random()) / args.rounds
-                kill = partial(at, moment=first + part * 0.98 * (end - first))
+                kill = partial(at, moment=first + part * 0.97 * (end - first))
+            start = time.monotonic()
             killed, lost = play(job, out, log, args.fork, kill)
             if killed is not None:
                 break
+            # the machine is faster than it was
+            end = min(end, time.monotonic() - start)
+            first = min(first, end / 2)
         if killed is None:
             raise SystemExit(f"{job.name}: the command always ended before it could be killed")
         if lost is None:
@@ -336,6 +342,7 @@ def main() -> None:
     parser.add_argument("--fork", action="store_true")
     args = parser.parse_args()
     start = time.monotonic()
+    os.environ |= ENVIRONMENT
     sys.path.insert(0, str(ROOT))
     lost = 0
     with tempfile.TemporaryDirectory(prefix="tdkd-kill-") as folder:
