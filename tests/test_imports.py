@@ -119,15 +119,13 @@ def test_help_and_info_work_without_the_extras(args):
     assert "tdkd" in done.stdout
 
 
-def test_verify_and_bench_work_without_the_extras(tmp_path):
-    one = without(EXTRAS, "verify", "--op", "soft_value", "--dtype", "float32", "--cases", "1")
-    assert one.returncode == 0, one.stderr
-    other = without(
+def test_bench_works_without_the_extras(tmp_path):
+    done = without(
         (*EXTRAS, "matplotlib"), "bench", "--op", "select_actions", "--rounds", "1", "--vocab",
         "64", "--rows", "2", "--no-compile", "--output", tmp_path, "--name", "run",
     )  # fmt: skip
-    assert other.returncode == 0, other.stderr
-    assert 'matplotlib is missing: pip install "tdkd[train]"' in other.stderr
+    assert done.returncode == 0, done.stderr
+    assert 'matplotlib is missing: pip install "tdkd[train]"' in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
@@ -142,7 +140,6 @@ COMMANDS = {
     "name,command",
     [
         ("transformers", "generate"),
-        ("safetensors", "generate"),
         ("rouge_score", "evaluate"),
         ("trl", "distill"),
         ("datasets", "distill"),
@@ -157,10 +154,17 @@ def test_a_missing_extra_names_the_command_that_installs_it(name, command):
     assert line.endswith(' is missing: pip install "tdkd[train]"')
 
 
-@pytest.mark.parametrize("module", ["trainer", "models", "checkpoints"])
-def test_a_module_that_needs_an_extra_says_so(module):
-    done = python(f"import tdkd.{module}", EXTRAS)
-    assert done.returncode == 1
-    line = done.stderr.splitlines()[-1]
-    assert line.endswith(' is missing: pip install "tdkd[train]"')
-    assert line.startswith("ModuleNotFoundError: ")
+def test_a_module_that_needs_an_extra_says_so():
+    code = """
+import importlib
+for module in ("trainer", "models", "checkpoints"):
+    try:
+        importlib.import_module(f"tdkd.{module}")
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    done = python(code, EXTRAS)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert all(line.endswith(' is missing: pip install "tdkd[train]"') for line in lines)
