@@ -446,6 +446,8 @@ class TDTrainer(SFTTrainer):
             self.args.output_dir = given
         os.replace(aside / "README.md", Path(given) / "README.md")
         aside.rmdir()
+        if self._aside is None:  # not within a checkpoint, which takes the folder away
+            aside.parent.rmdir()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """No batch for a run that goes on from its last step, which would do one step too many."""

@@ -247,6 +247,14 @@ def test_the_best_checkpoint_is_named_where_it_is(tmp_path, tiny_teacher, tiny_s
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [best]
 
 
+def test_the_model_card_appears_alone(tmp_path, tiny_teacher, tiny_student):
+    run = trainer(tmp_path, tiny_teacher, tiny_student)
+    run.create_model_card(model_name="mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert "mine" in (tmp_path / "README.md").read_text()
+    assert run.args.output_dir == str(tmp_path)
+
+
 def test_lora_trains_adapters_alone(tmp_path, tiny_teacher, tiny_student):
     peft = pytest.importorskip("peft")
     run = trainer(
