@@ -11,13 +11,15 @@ export TOKENIZERS_PARALLELISM := false
 FUZZ_SECONDS ?= 300
 JOBS ?= 2
 
-.PHONY: demo test nightly bench sanitize fuzz oldest-triton instructions lint format clean help
+.PHONY: demo test nightly bench faults imports sanitize fuzz oldest-triton instructions lint format clean help
 
 help:
 	@echo "make demo    distil a small student on this machine and write runs/demo/report.md"
 	@echo "make test    lint, types and tests, as CI runs them"
 	@echo "make nightly 20,000 drawn cases of the ops, and 25 times as many of the property tests"
 	@echo "make bench   time the ops against their rivals; results in benchmarks/results/"
+	@echo "make faults  kill generate, distill and evaluate at random moments, 20 times each (20 min)"
+	@echo "make imports seconds that importing tdkd adds to importing torch"
 	@echo "make sanitize      the op tests under AddressSanitizer and UBSan"
 	@echo "make fuzz    the row primitives under libFuzzer: FUZZ_SECONDS=300 JOBS=2"
 	@echo "make oldest-triton the Triton kernels on Triton 3.6"
@@ -56,6 +58,13 @@ nightly: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/tdkd bench --suite cpu
+
+# One thread, so that sums are in one order and a run is the same to the bit.
+faults: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kill.py
+
+imports: $(VENV)/.ready
+	$(BIN)/python benchmarks/imports.py
 
 # The op tests under AddressSanitizer and UndefinedBehaviorSanitizer, from a build of their own.
 sanitize: $(VENV)/.ready

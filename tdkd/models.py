@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
-from tdkd.errors import UserError
+from tdkd.errors import UserError, missing
 from tdkd.kernels.gather_q.reference import scaled
 from tdkd.types import Scale
+
+try:
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
+except (ImportError, RuntimeError) as error:  # lazy modules raise the latter
+    raise missing(error) from error
 
 logger = logging.getLogger("tdkd")
 
@@ -54,12 +58,19 @@ class Head(NamedTuple):
 def check_model_path(path: str | Path, argument: str = "model") -> Path:
     """A local model directory, or one line that says what is wrong with it."""
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{argument}: expected a model directory, got {path}, which does not exist")
-    if not path.is_dir():
-        raise UserError(f"{argument}: expected a model directory, got the file {path}")
-    if not (path / "config.json").is_file():
-        raise UserError(f"{argument}: expected a model directory with config.json, got {path}")
+    try:
+        if not path.exists():
+            raise UserError(
+                f"{argument}: expected a model directory, got {path}, which does not exist"
+            )
+        if not path.is_dir():
+            raise UserError(f"{argument}: expected a model directory, got the file {path}")
+        if not (path / "config.json").is_file():
+            raise UserError(f"{argument}: expected a model directory with config.json, got {path}")
+    except OSError as error:
+        raise UserError(
+            f"{argument}: expected a model directory, got {path}: {error.strerror}"
+        ) from error
     return path
 
 

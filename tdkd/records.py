@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tdkd.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Record = dict[str, Any]
 
@@ -27,47 +30,88 @@ class Encoded(NamedTuple):
     completion: list[int]
 
 
-def read(path: str | Path, argument: str = "data") -> list[Record]:
+# what json raises: on no JSON, no UTF-8, an integer of 4301 digits, brackets without end
+_BROKEN = (ValueError, RecursionError)
+
+
+def read(path: str | Path, argument: str = "data", *, answered: bool = False) -> list[Record]:
     """The records of a JSONL file.
 
+    Args:
+        path: the file.
+        argument: what an error calls it.
+        answered: every record must have a completion or references.
     Raises:
-        UserError: the file is missing or empty, or a line is no JSON object with a prompt.
+        UserError: the file is missing, empty or not to be read, or a line is no JSON object with a
+            prompt.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{argument}: expected a JSONL file, got {path}, which is no file")
     records = []
-    # not splitlines: text may hold line separators of Unicode
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    for number, record in lines(path, argument):
+        place = f"on line {number} of {path}"
+        if "prompt" not in record:
             raise UserError(
-                f"{argument}: expected JSON on line {number} of {path}, got {error}"
-            ) from error
-        if not isinstance(record, dict) or "prompt" not in record:
-            raise UserError(
-                f'{argument}: expected an object with "prompt" on line {number} of {path}, got '
-                f"{line[:60].decode(errors='replace')!r}"
+                f'{argument}: expected an object with "prompt" {place}, got {_short(record)}'
             )
         for name in ("prompt", "completion"):
             if not _is_text(record.get(name, "")):
                 raise UserError(
                     f"{argument}: expected {name} to be a string or chat messages with role and "
-                    f"content on line {number} of {path}, got {str(record[name])[:60]!r}"
+                    f"content {place}, got {_short(record[name])}"
                 )
         references = record.get("references", [])
         if not isinstance(references, list) or not all(isinstance(r, str) for r in references):
             raise UserError(
-                f"{argument}: expected references to be a list of strings on line {number} of "
-                f"{path}, got {str(references)[:60]!r}"
+                f"{argument}: expected references to be a list of strings {place}, got "
+                f"{_short(references)}"
+            )
+        if answered and "completion" not in record and not references:
+            raise UserError(
+                f'{argument}: expected "completion" or "references" {place}, got '
+                f"{', '.join(sorted(record))}"
             )
         records.append(record)
     if not records:
         raise UserError(f"{argument}: expected at least one record in {path}, got none")
     return records
+
+
+def lines(path: str | Path, argument: str) -> Iterator[tuple[int, Record]]:
+    """The numbers and objects of the lines of a JSONL file, but for empty lines.
+
+    Raises:
+        UserError: the file is missing or cannot be read, or a line is no JSON object.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise UserError(f"{argument}: expected a JSONL file, got {path}, which is no file")
+        # bytes end at \n alone: text may hold line separators of Unicode
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _parse(line, number, path, argument)
+    except OSError as error:
+        raise UserError(
+            f"{argument}: expected a JSONL file to read, got {path}: {error.strerror or error}"
+        ) from error
+
+
+def _parse(line: bytes, number: int, path: Path, argument: str) -> Record:
+    try:
+        record = json.loads(line)
+    except _BROKEN as error:
+        raise UserError(
+            f"{argument}: expected JSON on line {number} of {path}, got {error}"
+        ) from error
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{argument}: expected a JSON object on line {number} of {path}, got {_short(record)}"
+        )
+    return record
+
+
+def _short(value: Any) -> str:
+    return repr(str(value)[:60])
 
 
 def _is_text(value: Any) -> bool:
@@ -87,14 +131,36 @@ def _is_text(value: Any) -> bool:
 
 def check_output(path: Path) -> None:
     """Makes the directory of a file to be written, or says in one line why it cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"output: expected a file to write, got {path}: {error.strerror}"
-        ) from error
+    expected = f"a file to write, got {path}"
+    check_directory(path.parent, "output", expected)
     if path.is_dir():
         raise UserError(f"output: expected a file to write, got the directory {path}")
+    if path.exists():
+        with _refusing("output", expected), path.open("ab"):
+            pass
+
+
+def check_directory(path: Path, argument: str, what: str | None = None) -> None:
+    """Makes a directory and tries whether it takes a file, or says in one line why it does not.
+
+    Raises:
+        UserError: it cannot be made, or is read-only.
+    """
+    with _refusing(argument, what or f"a directory to write to, got {path}"):
+        path.mkdir(parents=True, exist_ok=True)
+        # a mode says little: not to root, and not on a file system that is read-only
+        with tempfile.TemporaryFile(dir=path):
+            pass
+
+
+@contextmanager
+def _refusing(argument: str, expected: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        # mkdir says that it exists
+        reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(f"{argument}: expected {expected}: {reason or error}") from error
 
 
 def check_at_least(least: float, **options: float | None) -> None:
@@ -105,38 +171,88 @@ def check_at_least(least: float, **options: float | None) -> None:
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
-    """Whole lines at the end of a file, on disk when this returns."""
+    """Whole lines at the end of a file, on disk when this returns.
+
+    Raises:
+        UserError: the disk takes no more; the file is as it was.
+    """
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    with path.open("ab") as file:
-        file.write(lines.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        # without a buffer, which would try again when the file is closed
+        with path.open("ab", buffering=0) as file:
+            _write(file.fileno(), lines.encode())
+    except OSError as error:
+        if path.exists():
+            os.truncate(path, before)
+        raise _unwritten(path, error) from error
 
 
-def keep_lines(path: Path, multiple: int) -> int:
-    """Cut what a killed process left behind to whole batches of whole lines; how many stay."""
+def keep_lines(path: Path, multiple: int, total: int) -> int:
+    """Cut what a killed process left behind to whole batches of whole lines; how many stay.
+
+    Args:
+        path: the file.
+        multiple: lines of a batch.
+        total: lines of the whole file, whose last batch may be smaller.
+    Raises:
+        UserError: a whole line is no JSON object; nothing is cut then.
+    """
     if not path.exists():
         return 0
     content = path.read_bytes()
-    lines = content.split(b"\n")[:-1]  # what follows the last newline was torn
-    kept = len(lines) // multiple * multiple
-    size = sum(len(line) + 1 for line in lines[:kept])
+    whole = content.split(b"\n")[:-1]  # what follows the last newline was torn
+    for number, line in enumerate(whole, 1):
+        _parse(line, number, path, "output")
+    kept = total if len(whole) == total else len(whole) // multiple * multiple
+    size = sum(len(line) + 1 for line in whole[:kept])
     if size < len(content):
-        with path.open("r+b") as file:
-            file.truncate(size)
+        os.truncate(path, size)
     return kept
 
 
 def write_whole(path: Path, content: Any) -> None:
-    """A JSON file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A file of JSON, or of the bytes that are given, that appears whole or not at all.
+
+    Raises:
+        UserError: the disk takes no more; what was there before is there still.
+    """
+    if not isinstance(content, bytes):
+        content = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb", buffering=0) as file:
+            _write(file.fileno(), content)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary.exists():
+            temporary.unlink()
+        raise _unwritten(path, error) from error
+
+
+def read_json(path: Path) -> Any:
+    """What :func:`write_whole` wrote.
+
+    Raises:
+        UserError: it is no JSON any more, or cannot be read.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, *_BROKEN) as error:
+        raise UserError(f"output: expected JSON in {path}, got {error}") from error
+
+
+def _write(handle: int, content: bytes) -> None:
+    """All of the content, on disk when this returns; a disk may take it in parts."""
+    left = memoryview(content)
+    while left:
+        left = left[os.write(handle, left) :]
+    os.fsync(handle)
+
+
+def _unwritten(path: Path, error: OSError) -> UserError:
+    return UserError(f"output: expected to write to {path}, got {error.strerror or error}")
 
 
 def messages(prompt: str | list[Record]) -> list[Record]:

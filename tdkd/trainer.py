@@ -7,24 +7,23 @@ What is ours is one step: hidden states of teacher and student, their heads, ``o
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from trl import SFTConfig, SFTTrainer
-from trl.models.utils import _ForwardRedirection
 
-from tdkd import ops
+from tdkd import checkpoints, ops
 from tdkd.diagnostics import Drift, diagnostics
-from tdkd.errors import UserError
+from tdkd.errors import UserError, missing
 from tdkd.lm_loss import lm_cross_entropy
 from tdkd.models import (
     Head,
     backbone,
     check_head,
+    check_model_path,
     eos_token_ids,
     last_hidden_state,
     lm_head,
@@ -40,6 +39,14 @@ from tdkd.objectives import (
     parse,
 )
 from tdkd.objectives.inverse import PHIS
+
+try:
+    from accelerate.utils import DynamoBackend
+    from transformers import PreTrainedModel
+    from trl import SFTConfig, SFTTrainer
+    from trl.models.utils import _ForwardRedirection
+except (ImportError, RuntimeError) as error:  # lazy modules raise the latter
+    raise missing(error) from error
 
 logger = logging.getLogger("tdkd")
 
@@ -180,6 +187,10 @@ class TDConfig(SFTConfig):
                 "lm_weight: expected a number > 0 where td_weight and the imitation term are 0, "
                 "got 0"
             )
+        if self.trust_remote_code:
+            raise UserError(
+                "trust_remote_code: expected False, since code of a model is never run, got True"
+            )
         if self.bf16 is None and not torch.accelerator.is_available():  # type: ignore[has-type]
             self.bf16 = False
         super().__post_init__()
@@ -232,6 +243,8 @@ class TDTrainer(SFTTrainer):
     """
 
     _tag_names = ["trl", "tdkd"]
+    _aside: str | None = None
+    """Where checkpoints go in place of the output directory."""
 
     def __init__(
         self,
@@ -243,6 +256,16 @@ class TDTrainer(SFTTrainer):
         **trainer: Any,
     ) -> None:
         args = TDConfig() if args is None else args
+        if isinstance(model, str):
+            # TRL loads it, from what we would load
+            check_model_path(model)
+            options = {**(args.model_init_kwargs or {}), "use_safetensors": True}
+            if options.get("trust_remote_code"):
+                raise UserError(
+                    "model_init_kwargs: expected no trust_remote_code, since code of a model is "
+                    "never run, got True"
+                )
+            args.model_init_kwargs = options
         super().__init__(model=model, args=args, **trainer)
         # the losses below honour num_items_in_batch, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
@@ -427,6 +450,66 @@ class TDTrainer(SFTTrainer):
             "teacher_logit_scale": teacher.logit_scale,
             "vocab_size": args.vocab_size,
         }
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._aside or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint appears whole or not at all: it is written aside, and renamed.
+
+        Raises:
+            UserError: the disk takes no more.
+        """
+        if trial is not None or self.args.push_to_hub:
+            # an upload reads the checkpoint where it was written
+            super()._save_checkpoint(model, trial)
+            return
+        output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        aside = output / checkpoints.UNFINISHED
+        with checkpoints.writing(output):
+            if self.args.should_save:
+                checkpoints.clear(output)
+            self.accelerator.wait_for_everyone()
+            self._aside = str(aside)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._aside = None
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.state.best_model_checkpoint == str(aside / name):
+                    self.state.best_model_checkpoint = str(output / name)
+                    self.state.save_to_json(str(aside / name / checkpoints.STATE))
+                checkpoints.publish(output, name)
+                best = Path(self.state.best_model_checkpoint or name).name
+                checkpoints.rotate(output, self.args.save_total_limit, {name, best})
+        self.accelerator.wait_for_everyone()
+
+    def _send_telemetry(self) -> None:
+        """TRL would tell its makers of every run; nothing is sent from here."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card of the output directory, which appears whole or not at all."""
+        if not self.is_world_process_zero():
+            return
+        given = self.args.output_dir
+        aside = Path(given) / checkpoints.UNFINISHED / "card"
+        self.args.output_dir = str(aside)
+        try:
+            super().create_model_card(*args, **kwargs)
+        finally:
+            self.args.output_dir = given
+        os.replace(aside / "README.md", Path(given) / "README.md")
+        aside.rmdir()
+        if self._aside is None:  # not within a checkpoint, which takes the folder away
+            aside.parent.rmdir()
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """No batch for a run that goes on from its last step, which would do one step too many."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _compile(self, model: nn.Module) -> None:
         """Compiles the body in place; accelerate compiles a wrapper, which would run the head."""

@@ -1,29 +1,12 @@
 """The command: what it refuses, what works without the extras, what info says."""
 
 import json
-import subprocess
 import sys
 
 import pytest
+from commands import call, one_line
 
 from tdkd.cli import main
-
-
-def call(monkeypatch, capsys, *args):
-    """Exit code and stderr of ``tdkd args`` in this process."""
-    monkeypatch.setattr(sys, "argv", ["tdkd", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return stop.value.code or 0, capsys.readouterr().err
-
-
-def one_line(error):
-    assert "Traceback" not in error
-    # transformers' bar over the weights may stand before it
-    *bars, line = error.strip().splitlines()
-    assert all("Loading weights" in bar for bar in bars if bar)
-    assert line.startswith("tdkd: ")
-    return line
 
 
 @pytest.fixture
@@ -135,40 +118,3 @@ def test_info_names_versions_and_implementations(monkeypatch, capsys):
     assert not stop.value.code
     for word in (tdkd.__version__, torch.__version__, "transformers", "reference"):
         assert word in out
-
-
-BLOCKED = """
-import sys
-for name in ("transformers", "trl", "datasets", "rouge_score", "peft"):
-    sys.modules[name] = None
-sys.argv = ["tdkd", *sys.argv[1:]]
-from tdkd.cli import main
-main()
-"""
-
-
-def without_extras(*args):
-    return subprocess.run(
-        [sys.executable, "-c", BLOCKED, *map(str, args)], capture_output=True, text=True
-    )
-
-
-@pytest.mark.parametrize("args", [["--help"], ["info"], ["generate", "--help"]])
-def test_help_and_info_work_without_the_extras(args):
-    done = without_extras(*args)
-    assert done.returncode == 0, done.stderr
-    assert "tdkd" in done.stdout
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["generate", "--model", "m", "--output", "x"],
-        ["evaluate", "--model", "m", "--teacher", "t", "--data", "d", "--output", "x"],
-        ["distill", "config.yaml"],
-    ],
-)
-def test_a_missing_extra_names_the_command_that_installs_it(args):
-    done = without_extras(*args)
-    assert done.returncode == 2
-    assert 'pip install "tdkd[train]"' in one_line(done.stderr)

@@ -28,31 +28,6 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def writer(tmp_path_factory, tiny_tokenizer):
-    """A model that writes lower-case letters and ends a turn every dozen tokens."""
-    torch.manual_seed(0)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_tokenizer)
-    config = transformers.GPT2Config(
-        vocab_size=264, n_embd=16, n_layer=2, n_head=2, n_positions=256,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    model = transformers.GPT2LMHeadModel(config)
-    letters = tokenizer("abcdefghijklmnopqrstuvwxyz", add_special_tokens=False).input_ids
-    with torch.no_grad():
-        # the last norm's bias meets the head's first column: a level for each token
-        model.transformer.ln_f.weight.fill_(0.5)
-        model.transformer.ln_f.bias[0] = 10.0
-        head = model.lm_head.weight
-        head.normal_(std=0.5)
-        head[:, 0] = -1.0
-        head[[*letters, tokenizer.eos_token_id], 0] = 1.0
-    path = tmp_path_factory.mktemp("writer")
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"

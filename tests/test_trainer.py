@@ -233,6 +233,38 @@ def test_resume_ends_where_an_undisturbed_run_ends(tmp_path, tiny_teacher, tiny_
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("worst", [False, True])
+def test_the_best_checkpoint_is_named_where_it_is(tmp_path, tiny_teacher, tiny_student, worst):
+    """Checkpoints are written aside: what names them must not name that place."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    options |= {"metric_for_best_model": "loss", "greater_is_better": worst}
+    run = TDTrainer(
+        load_model(tiny_student),
+        str(tiny_teacher),
+        config(tmp_path, prediction_loss_only=True, **options),
+        train_dataset=conversations(),
+        eval_dataset=conversations(4),
+        processing_class=load_tokenizer(tiny_student),
+    )
+    run.train()
+    evaluated = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    best = tmp_path / f"checkpoint-{evaluated.index((max if worst else min)(evaluated)) + 1}"
+    assert best.name == ("checkpoint-1" if worst else "checkpoint-3")
+    assert run.state.best_model_checkpoint == str(best)
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [best]
+
+
+def test_the_model_card_appears_alone(tmp_path, tiny_teacher, tiny_student):
+    run = trainer(tmp_path, tiny_teacher, tiny_student)
+    run.create_model_card(model_name="mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert "mine" in (tmp_path / "README.md").read_text()
+    assert run.args.output_dir == str(tmp_path)
+
+
 def test_lora_trains_adapters_alone(tmp_path, tiny_teacher, tiny_student):
     peft = pytest.importorskip("peft")
     run = trainer(
@@ -415,7 +447,10 @@ def _ddp_worker(rank, world, port, folder, teacher, student):
         MASTER_PORT=str(port),
     )  # fmt: skip
     torch.set_num_threads(1)
-    run = trainer(folder, teacher, student, per_device_train_batch_size=8 // world, max_steps=1)
+    run = trainer(
+        folder, teacher, student, per_device_train_batch_size=8 // world, max_steps=1,
+        save_strategy="steps", save_steps=1,
+    )  # fmt: skip
     run.train()
     if rank == 0:
         torch.save([p.detach() for p in run.model.parameters()], folder / f"world{world}.pt")
@@ -436,6 +471,9 @@ def test_two_processes_equal_one(tmp_path, tiny_teacher, tiny_student):
     shared = torch.load(tmp_path / "world2.pt")
     for got, expected in zip(shared, run.model.parameters(), strict=True):
         torch.testing.assert_close(got, expected.detach(), rtol=1e-4, atol=1e-6)
+    saved = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json", "optimizer.pt"} <= saved
+    assert not (tmp_path / "unfinished").exists()
 
 
 def test_objective_of_the_config(tmp_path):

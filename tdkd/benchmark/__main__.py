@@ -68,7 +68,8 @@ def _show(path: Path) -> None:
     picture = path.with_suffix(".png")
     if not picture.exists():
         try:
-            report.write_picture(picture, content)
+            if not report.write_picture(picture, content):
+                print("no picture: nothing was timed", file=sys.stderr)
         except (ModuleNotFoundError, UserError) as error:
             print(f"no picture: {error}", file=sys.stderr)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import platform
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 import tdkd
+from tdkd import records
 from tdkd.benchmark.cases import Case, describe
 from tdkd.benchmark.measure import Result
 from tdkd.benchmark.rivals import ANCHORS
@@ -90,15 +90,17 @@ def make_directory(path: Path) -> None:
 
 def write_json(path: Path, run: dict[str, Any]) -> None:
     """A JSON file that appears whole or not at all."""
-    _write_whole(path, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())
+    records.write_whole(path, run)
 
 
-def write_picture(path: Path, run: dict[str, Any]) -> None:
+def write_picture(path: Path, run: dict[str, Any]) -> bool:
     """Bars of time in units of the anchor's, one group a case, one panel an op.
 
     Args:
         path: PNG to write, whole or not at all.
         run: the JSON of a run, as :func:`content` makes it.
+    Returns:
+        False where nothing was timed that could be drawn, and nothing is written.
     Raises:
         ModuleNotFoundError: matplotlib is missing.
     """
@@ -112,7 +114,7 @@ def write_picture(path: Path, run: dict[str, Any]) -> None:
         for op in dict.fromkeys(case["op"] for case in shown)
     }
     if not panels:
-        raise UserError("picture: expected a case with its anchor, got none that was timed")
+        return False
     heights = [sum(1 + len(_bars(case, anchor)) for case in cases) for cases in panels.values()]
     names = list(dict.fromkeys(r["rival"] for c in run["cases"] for r in c["rivals"]))
     figure = Figure(figsize=(11, 1.6 + 0.24 * sum(heights) + 0.6 * len(panels)))
@@ -157,7 +159,8 @@ def write_picture(path: Path, run: dict[str, Any]) -> None:
         )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    _write_whole(path, buffer.getvalue())
+    records.write_whole(path, buffer.getvalue())
+    return True
 
 
 COLUMNS = ("rival", "median ms", "ratio", "GB/s", "share", "extra MB", "allocs")
@@ -240,16 +243,6 @@ def _bars(case: dict[str, Any], anchor: str) -> list[tuple[str, float, float]]:
     if base is None:
         return []
     return [(name, median / base, median * 1e3) for name, median in medians.items()]
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    # not tdkd.records.write_whole, which needs the extras
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _version(package: str) -> str | None:

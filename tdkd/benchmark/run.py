@@ -112,11 +112,10 @@ def run(options: Options, tell: Callable[[int, int, str], None]) -> Done:
     finally:
         torch.set_num_threads(before)
     try:
-        report.write_picture(files[1], written)
+        if not report.write_picture(files[1], written):
+            del files[1]
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
-        del files[1]
-    except UserError:  # nothing was timed
         del files[1]
     return Done(measured, left, files, missing)
 

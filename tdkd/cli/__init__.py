@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tdkd.errors import UserError
+from tdkd.errors import UserError, absent, missing
 
 app = typer.Typer(
     help="Temporal-difference distillation of language models.",
@@ -249,14 +249,25 @@ def main() -> None:
         _refuse(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
         _refuse("interrupted", code=130)
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "tdkd":
+    except (ModuleNotFoundError, RuntimeError) as error:  # lazy modules raise the latter
+        module = absent(error)
+        if module is None or module.split(".")[0] == "tdkd":
             raise
-        _refuse(f'{error.name} is missing: pip install "tdkd[train]"')
+        _refuse(str(missing(error)))
+    except OSError as error:
+        # a disk or a folder; libraries that mean something else by it give no number
+        if error.errno is None:
+            raise
+        where = "a file" if error.filename is None else str(error.filename)
+        _refuse(f"expected to read or write {where}, got {error.strerror or error}")
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _refuse(message: str, code: int = 2) -> None:
+    if "tqdm" in sys.modules:
+        # an open bar of a library would share its line
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()
     if message:  # typer has printed its help already where it has nothing to say
         print("tdkd: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,10 +10,9 @@ import yaml
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from tdkd import records
+from tdkd import checkpoints, records
 from tdkd.cli.console import console
 from tdkd.errors import UserError
 from tdkd.models import check_model_path, load_model, load_tokenizer
@@ -54,6 +51,13 @@ def run(args: list[str]) -> None:
     check_model_path(model.model_name_or_path, "model_name_or_path")
     if config.teacher_model_name_or_path is not None:
         check_model_path(config.teacher_model_name_or_path, "teacher_model_name_or_path")
+    output = Path(config.output_dir)
+    records.check_directory(output, "output_dir")
+    if config.should_save:
+        checkpoints.clear(output)
+    last = checkpoints.last(output) if data.resume else None
+    if last is not None:
+        checkpoints.check(last, checkpoints.NEEDED if _alone(config) else [checkpoints.STATE])
     tokenizer = load_tokenizer(model.model_name_or_path, argument="model_name_or_path")
     train = _dataset(data.train_file, "train_file", tokenizer, config)
     held_out = None
@@ -70,31 +74,33 @@ def run(args: list[str]) -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model),
     )
-    output = Path(config.output_dir)
-    last = get_last_checkpoint(str(output)) if data.resume and output.is_dir() else None
     if last is not None:
-        console.print(f"resuming from {last}", soft_wrap=True)
-    trainer.train(resume_from_checkpoint=last)
+        console.print(f"resuming from {last}", markup=False, soft_wrap=True)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if trainer.is_world_process_zero():
-        save_whole(trainer, tokenizer, output / "final")
+        save_whole(trainer, tokenizer, output)
         records.write_whole(output / "log.json", trainer.state.log_history)
         console.print(
-            f"student in {output / 'final'}, log in {output / 'log.json'}", soft_wrap=True
+            f"student in {output / 'final'}, log in {output / 'log.json'}",
+            markup=False,
+            soft_wrap=True,
         )
 
 
-def save_whole(trainer: TDTrainer, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """The model and its tokenizer in a directory that appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    trainer.save_model(str(temporary))
-    tokenizer.save_pretrained(temporary)
-    before = path.with_name(path.name + ".old")
-    shutil.rmtree(before, ignore_errors=True)
-    if path.exists():
-        os.replace(path, before)
-    os.replace(temporary, path)
-    shutil.rmtree(before, ignore_errors=True)
+def save_whole(trainer: TDTrainer, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    """The model and its tokenizer in ``final``, which appears whole or not at all."""
+    with checkpoints.writing(output):
+        checkpoints.clear(output)
+        aside = output / checkpoints.UNFINISHED / "final"
+        trainer.save_model(str(aside))
+        tokenizer.save_pretrained(aside)
+        checkpoints.publish(output, "final")
+
+
+def _alone(config: TDConfig) -> bool:
+    """Whether checkpoints hold all that one process needs, under the names of the Trainer."""
+    sharded = config.deepspeed or config.fsdp
+    return config.world_size == 1 and not sharded and not config.save_only_model
 
 
 def _parse(args: list[str]) -> tuple[DataConfig, TDConfig, ModelConfig]:
@@ -113,6 +119,47 @@ def _parse(args: list[str]) -> tuple[DataConfig, TDConfig, ModelConfig]:
         raise UserError(f"config: {error}") from error
 
 
+# what TRL trains on
+CHAT = "chat messages with a role"
+FIELDS = (("prompt", "completion"), ("messages",), ("text",), ("input_ids",))
+
+
+def _check_lines(path: str, argument: str) -> None:
+    """Holds every line to the first: the same fields to train on, with the same kind of content.
+
+    Raises:
+        UserError: there is no line, or one is no JSON object, lacks a field or has another kind.
+    """
+    first: dict[str, str] = {}
+    for number, record in records.lines(path, argument):
+        place = f"on line {number} of {path}"
+        if not first:
+            found = [names for names in FIELDS if set(names) <= set(record)]
+            if not found:
+                raise UserError(
+                    f"{argument}: expected prompt and completion, messages or text {place}, got "
+                    f"{', '.join(sorted(record)) or 'no field'}"
+                )
+            first = {name: _kind(record[name]) for name in found[0]}
+            if first.keys() - {"input_ids"} and not set(first.values()) <= {"a string", CHAT}:
+                first = dict.fromkeys(first, f"a string or {CHAT}")
+        for name, kind in first.items():
+            got = _kind(record[name]) if name in record else "nothing"
+            if got != kind:
+                raise UserError(f"{argument}: expected {name} to be {kind} {place}, got {got}")
+    if not first:
+        raise UserError(f"{argument}: expected at least one record in {path}, got none")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "a string"
+    if isinstance(value, list):
+        roles = [isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in value]
+        return CHAT if roles and all(roles) else "a list"
+    return "null" if value is None else f"a value such as {str(value)[:40]!r}"
+
+
 def _dataset(
     path: str, argument: str, tokenizer: PreTrainedTokenizerBase, config: TDConfig
 ) -> Dataset:
@@ -121,21 +168,17 @@ def _dataset(
     A chat template closes every answer. An answer that was cut has no end to learn, and its last
     state no known successor.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"{argument}: expected a JSONL file, got {path}, which is no file")
+    _check_lines(path, argument)
     try:
-        loaded = Dataset.from_json(str(file)) if file.stat().st_size else None
+        loaded = Dataset.from_json(path)
     except (ValueError, DatasetsError) as error:
-        raise UserError(f"{argument}: expected JSONL records in {path}, got {error}") from error
-    if loaded is None or not len(loaded):
-        raise UserError(f"{argument}: expected at least one record in {path}, got none")
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, OSError):
+            raise cause from error
+        raise UserError(f"{argument}: expected JSONL records in {path}, got {cause}") from error
     columns = set(loaded.column_names)
-    if not columns & {"messages", "text", "input_ids"} and not {"prompt", "completion"} <= columns:
-        raise UserError(
-            f"{argument}: expected prompt and completion, messages or text in {path}, got "
-            f"{', '.join(sorted(columns))}"
-        )
     sample: dict[str, Any] = loaded[0]
     conversational = "messages" in columns or isinstance(sample.get("prompt"), list)
     if conversational and not tokenizer.chat_template:

@@ -163,7 +163,7 @@ def run(
     )
     records.check_at_least(0, temperature=temperature, samples=samples)
     records.check_output(Path(output))
-    loaded = records.read(data)[:max_examples]
+    loaded = records.read(data, answered=True)[:max_examples]
     tokenizer = load_tokenizer(model, chat=True)
     result = evaluate(
         load_model(model, device=device),
@@ -178,7 +178,6 @@ def run(
         seed=seed,
         samples=samples,
     )
-    records.write_whole(Path(output), {"model": model, "teacher": teacher, "data": data, **result})
     table = Table(title=f"{result['examples']} examples, {result['positions']} positions")
     table.add_column("metric")
     table.add_column("value", justify="right")
@@ -186,8 +185,10 @@ def run(
     for name, meaning in METRICS.items():
         if name in result:
             table.add_row(name, f"{result[name]:.4f}", meaning)
+    # first, so that a full disk takes nothing away
     Console().print(table)
-    console.print(f"written to {output}")
+    records.write_whole(Path(output), {"model": model, "teacher": teacher, "data": data, **result})
+    console.print(f"written to {output}", markup=False)
 
 
 def collate(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,14 +156,18 @@ def run(
             f"prompts: expected prompts of at most {max_prompt_tokens} tokens, got none that short"
         )
     if len(order) < len(given):
-        console.print(f"{len(given) - len(order)} prompts are longer than {max_prompt_tokens}")
+        console.print(
+            f"{len(given) - len(order)} prompts are longer than {max_prompt_tokens}", markup=False
+        )
 
     size = out.stat().st_size if out.exists() else 0
-    done = len(order) if _lines(out) == len(order) else records.keep_lines(out, batch_size)
+    done = records.keep_lines(out, batch_size, len(order))
     if size and out.stat().st_size < size:
-        console.print(f"{out}: a batch that was not finished is dropped and done again")
+        console.print(
+            f"{out}: a batch that was not finished is dropped and done again", markup=False
+        )
     if done:
-        console.print(f"{out}: {done} of {len(order)} answers are there already")
+        console.print(f"{out}: {done} of {len(order)} answers are there already", markup=False)
     with progress_bar() as progress:
         task = progress.add_task("answers", total=len(order), completed=done)
         for start in range(done, len(order), batch_size):
@@ -179,7 +182,7 @@ def run(
             )
             records.append(out, _answered(given, batch, answers, tokenizer))
             progress.update(task, advance=len(batch))
-    console.print(f"{len(order)} records in {out}")
+    console.print(f"{len(order)} records in {out}", markup=False)
 
 
 def _answered(
@@ -212,7 +215,7 @@ def _write_prompts(
     state_path = out.with_name(out.name + ".prompts.json")
     state: dict[str, Any] = {"batches": 0, "prompts": []}
     if state_path.exists():
-        state = json.loads(state_path.read_text())
+        state = records.read_json(state_path)
     opening = _user_opening(tokenizer)
     with progress_bar() as progress:
         task = progress.add_task("prompts", total=num_examples, completed=len(state["prompts"]))
@@ -260,14 +263,10 @@ def _batch_seed(seed: int, stage: str, batch: int) -> int:
     return seed * 1_000_003 + batch * 2 + (stage == "answers")
 
 
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 def _same_settings(out: Path, settings: dict[str, Any]) -> None:
     path = _settings_path(out)
     if path.exists():
-        before = json.loads(path.read_text())
+        before = records.read_json(path)
         for name, value in settings.items():
             if before.get(name) != value:
                 raise UserError(

@@ -7,21 +7,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import tdkd
 from tdkd import ops
+from tdkd.errors import EXTRAS
 from tdkd.kernels import backends
-
-EXTRAS = {
-    "triton": "triton",
-    "transformers": "tdkd[train]",
-    "trl": "tdkd[train]",
-    "datasets": "tdkd[train]",
-    "peft": "tdkd[train]",
-    "rouge-score": "tdkd[train]",
-    "matplotlib": "tdkd[train]",
-}
 
 
 def run() -> None:
@@ -34,7 +26,7 @@ def run() -> None:
         try:
             table.add_row(package, version(package))
         except PackageNotFoundError:
-            table.add_row(package, f'missing: pip install "{source}"')
+            table.add_row(package, escape(f'missing: pip install "{source}"'))
     cuda = torch.cuda.is_available()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("devices", ", ".join(["cpu", *devices]) if cuda else "cpu")
@@ -42,7 +34,7 @@ def run() -> None:
         "cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )
     table.add_row("ops", 'impl="reference" on every device')
-    table.add_row("cpu kernels", backends.MISSING or backends.capability())
+    table.add_row("cpu kernels", escape(backends.MISSING or backends.capability()))
     table.add_row("gpu kernels", backends.GPU_MISSING or f"Triton, sets of {backends.GPU_MAX_K}")
     for device in ("cpu", "cuda"):
         table.add_row(f"linear_td_loss, {device}", ops.routes(device))

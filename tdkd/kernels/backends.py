@@ -36,7 +36,9 @@ def _load() -> str | None:
 MISSING = _load()
 """Why there are no CPU kernels; None where there are."""
 
-GPU_MISSING = None if importlib.util.find_spec("triton") else "Triton is not installed"
+GPU_MISSING = (
+    None if importlib.util.find_spec("triton") else 'Triton is not installed: pip install "triton"'
+)
 """Why there are no GPU kernels; None where there are."""
 
 

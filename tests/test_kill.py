@@ -1,0 +1,60 @@
+"""The script behind make faults: what it takes for a loss."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+spec = importlib.util.spec_from_file_location("kill", Path(__file__).parent / "faults" / "kill.py")
+kill = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kill)
+
+QUIET = {"log": [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}], "files": ["a", "b"]}
+
+
+def changed(path, value):
+    result = json.loads(json.dumps(QUIET))
+    part = result
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    return result
+
+
+def test_the_same_is_no_loss():
+    assert kill.difference(changed(["files"], ["a", "b"]), QUIET) is None
+
+
+@pytest.mark.parametrize(
+    "path,value,where",
+    [
+        (["log", 1, "loss"], 0.25000001, "/log[1]/loss"),
+        (["log"], QUIET["log"][:1], "/log: 1 entries for 2"),
+        (["files"], ["a", "b", "b.tmp"], "/files: 3 entries for 2: ['b.tmp']"),
+        (["weights"], {"model": "0"}, "/weights"),
+    ],
+)
+def test_every_difference_is_a_loss(path, value, where):
+    assert kill.difference(changed(path, value), QUIET).startswith(where)
+
+
+def test_a_checkpoint_that_is_being_written_is_seen(tmp_path):
+    whole = tmp_path / "checkpoint-1"
+    whole.mkdir()
+    assert kill.being_written(tmp_path) == whole
+    (whole / "trainer_state.json").write_text("{}")
+    assert kill.being_written(tmp_path) is None
+    (tmp_path / "unfinished").mkdir()
+    assert kill.being_written(tmp_path) == tmp_path / "unfinished"
+
+
+def test_results_know_the_clock_from_the_run(tmp_path):
+    log = [{"step": 1, "loss": 0.5}, {"train_runtime": 3.0, "train_steps_per_second": 2.0}]
+    (tmp_path / "log.json").write_text(json.dumps(log))
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    first = kill._distilled(tmp_path)
+    assert first["log"] == [{"step": 1, "loss": 0.5}, {}]
+    assert first["files"] == ["log.json", "model.safetensors"]
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    assert kill.difference(kill._distilled(tmp_path), first).startswith("/weights/model")
