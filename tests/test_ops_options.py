@@ -839,3 +839,150 @@ def test_some_of_the_rows_are_rows():
     index = torch.tensor([1, 2, 3])  # a whole tail of a chain
     for part, whole in zip(rows.take(index)(z[index], None), rows(z, None), strict=True):
         torch.testing.assert_close(part, whole[index])
+
+
+# Small cases by hand
+
+
+NAN, INF = math.nan, math.inf
+BY_HAND = [
+    # logits, k, top_p, include, ids
+    ([0.0, 3.0, 1.0, 3.0], 3, 0.9, -1, [1, 3]),
+    ([0.0, 3.0, 1.0, 3.0], 3, 0.9, 0, [1, 3, 0]),
+    ([0.0, 3.0, 1.0, 3.0], 2, 0.9, 0, [1, 0]),
+    ([0.0, 3.0, 1.0, 3.0], 1, 1.0, 0, [0]),
+    ([0.0, 3.0, 1.0, 3.0], 2, 0.9, 3, [1, 3]),
+    ([0.0, 3.0, 1.0, 3.0], 3, 1.0, -2, [1, 3, 2]),
+    ([0.0, 3.0, 1.0, 3.0], 7, 1.0, -1, [1, 3, 2, 0]),
+    ([2.0, 2.0, 2.0, 2.0], 3, 0.5, -1, [0, 1]),  # half of it exactly
+    ([2.0, 2.0, 2.0, 2.0], 3, 0.51, -1, [0, 1, 2]),
+    ([2.0, 2.0, 2.0, 2.0], 4, 0.001, -1, [0]),
+    ([1.0, 2.0, 2.0, 3.0], 3, 1.0, -1, [3, 1, 2]),
+    ([1.0, 2.0, 2.0, 3.0], 2, 1.0, -1, [3, 1]),
+    ([-INF, 1.0, -INF, 0.0], 4, 1.0, -1, [1, 3]),
+    ([-INF, 1.0, -INF, 0.0], 4, 1.0, 2, [1, 3, 2]),
+    ([-INF, 1.0, -INF, 0.0], 1, 0.1, 0, [0]),
+    ([NAN, 1.0, 2.0, 0.0], 4, 1.0, 1, []),
+    ([INF, 1.0, 2.0, 0.0], 4, 1.0, 1, []),
+    ([-INF, -INF, -INF, -INF], 2, 0.5, 0, []),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", range(len(BY_HAND)))
+def test_sets_by_hand(case, dtype):
+    row, k, top_p, include, ids = BY_HAND[case]
+    logits = torch.tensor([row, row[::-1], row], dtype=dtype)
+    logits[1] = 0.0
+    taken = torch.tensor([include, -1, include])
+    by_logits = ops.select_actions(logits, k, top_p, include=taken)
+    # a head of ones and zeros whose bias makes the logits, for the rows that have a set
+    hidden = torch.zeros(1, 2, dtype=dtype)
+    head = torch.ones(4, 2, dtype=dtype)
+    by_head = ops.linear_select_actions(
+        hidden, head, k, top_p, bias=logits[0], include=taken[:1], impl="reference"
+    )
+    for actions in (by_logits, by_head):
+        padded = [*ids, *[-1] * (k - len(ids))]
+        assert actions.ids[0].tolist() == padded
+        assert actions.count[0] == len(ids)
+        valid = actions.valid[0]
+        assert valid.sum() == len(ids)
+        assert (actions.log_probs[0][~valid] == -INF).all()
+        log_p = logits[0].double().log_softmax(-1)
+        expected = log_p[actions.ids[0][valid].long()]
+        torch.testing.assert_close(actions.log_probs[0][valid].double(), expected)
+        assert actions.log_probs.dtype == dtype
+        assert actions.ids.dtype == actions.count.dtype == torch.int32
+        assert all(x.is_contiguous() for x in actions)
+    same([x[2] for x in by_logits], [x[0] for x in by_logits])
+    assert by_logits.ids[1, 0] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_vocabulary_of_nothing(dtype):
+    """No column, or no slot: empty sets, -inf, and no error."""
+    nothing, ids = torch.zeros(2, 0, dtype=dtype), torch.full((2, 3), -1)
+    actions = ops.select_actions(nothing, 3)
+    assert actions.ids.tolist() == ids.tolist()
+    assert (actions.log_probs == -INF).all()
+    assert actions.log_probs.dtype == dtype
+    assert actions.count.tolist() == [0, 0]
+    assert actions.ids.dtype == actions.count.dtype == torch.int32
+    q = ops.gather_q(nothing, ids)
+    assert q.dtype == dtype
+    assert (q == -INF).all()
+    assert ops.soft_value(nothing).tolist() == [-INF, -INF]
+    half = ops.gather_q(nothing.bfloat16(), ids)
+    assert half.dtype == torch.float32
+    assert ops.select_actions(nothing.half(), 3).log_probs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_soft_value_by_hand(dtype):
+    q = torch.tensor(
+        [[0.0, 0.0], [-INF, -INF], [-INF, 2.0], [1000.0, 1000.0], [-2000.0, -2000.0], [-3.0, 1.0]],
+        dtype=dtype,
+    ).requires_grad_()
+    value = ops.soft_value(q)
+    two = math.log(2)
+    wanted = [two, -INF, 2.0, 1000 + two, -2000 + two, 1 + math.log1p(math.exp(-4))]
+    torch.testing.assert_close(value, torch.tensor(wanted, dtype=dtype))
+    torch.where(value.isfinite(), value, 0.0).sum().backward()
+    low = 1 / (1 + math.exp(4))
+    policy = [[0.5, 0.5], [0, 0], [0, 1], [0.5, 0.5], [0.5, 0.5], [low, 1 - low]]
+    torch.testing.assert_close(q.grad, torch.tensor(policy, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64], ids=str)
+def test_targets_by_hand(dtype, integer):
+    """Two chains, one that ends and one that is cut off, in scattered rows."""
+    value = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=dtype)
+    reward = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], dtype=dtype)
+    successor = torch.tensor([4, -2, 0, 1, -1, 3], dtype=integer)  # 2 0 4 end; 5 3 1 cut
+
+    def target(**options):
+        return ops.td_target(value, successor, gamma=0.5, **options).tolist()
+
+    assert target() == pytest.approx([2.5, 2.0, 0.5, 1.0, 0.0, 2.0])
+    assert target(reward=reward) == pytest.approx([2.6, 2.0, 0.8, 1.4, 0.5, 2.6])
+    one = [0.1 + 0.25, 2.0, 0.3 + 0.5 * 0.35, 0.4 + 1.0, 0.5, 0.6 + 0.5 * 1.4]
+    assert target(reward=reward, lam=1.0) == pytest.approx(one)
+    first = 0.1 + 0.5 * (0.5 * 5 + 0.5 * 0.5)
+    second = 0.4 + 0.5 * 2.0
+    half = [
+        first, 2.0, 0.3 + 0.5 * (0.5 * 1 + 0.5 * first),
+        second, 0.5, 0.6 + 0.5 * (0.5 * 4 + 0.5 * second),
+    ]  # fmt: skip
+    assert target(reward=reward, lam=0.5) == pytest.approx(half)
+    at_zero = ops.td_target(value, successor, gamma=0.0, reward=reward, lam=0.5)
+    assert at_zero.tolist() == pytest.approx([0.1, 2.0, 0.3, 0.4, 0.5, 0.6])
+    assert ops.td_target(value[:0], successor[:0], lam=0.5).shape == (0,)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_successors_and_ids_may_be_int32(dense, linear, impl):
+    student, teacher, tokens = (x.float() if x.is_floating_point() else x for x in dense)
+    successor = ops.successors(tokens, eos_token_id=7)
+    options = {"k": 4, "impl": impl}
+    wide = ops.td_loss(student, teacher, tokens, successor=successor, **options)
+    narrow = ops.td_loss(student, teacher, tokens.int(), successor=successor.int(), **options)
+    same(wide, narrow)
+    ids = wide.actions.ids
+    same(
+        ops.gather_q(student, ids, impl=impl),
+        ops.gather_q(student, ids.long(), impl=impl),
+    )
+    hidden, weight = linear["student_hidden"].float(), linear["student_weight"].float()
+    for op in (ops.linear_gather_q, ops.linear_log_probs):
+        same(op(hidden, weight, ids, impl=impl), op(hidden, weight, ids.long(), impl=impl))
+
+
+def test_a_vocabulary_without_token_0_is_refused():
+    actions = ops.ActionSet(SETS.ids - 1, SETS.log_probs, SETS.count)
+    vocabulary = ops.Vocabulary(*(x[1:] for x in VOCABULARY))
+    with pytest.raises(ValueError, match="vocabulary: .* but id 0 is not in it"):
+        ops.linear_td_loss(
+            h, w, token - 1, actions=actions, normaliser="batch", vocabulary=vocabulary
+        )

@@ -2,9 +2,9 @@
 
 One pytest session collects the tests. Each mutant is a fork of it, in which the mutated module is
 executed apart and its functions, defaults and constants put in the place of the live ones. It meets
-tests that reach its line until one fails or ``--seconds`` of them are full: one variant of each
-test, those first that found a mutant of the same function, then a second variant, the cheapest
-first. The parent runs no test, so that nothing of one mutant is left for the next.
+tests that reach its line until one fails or ``--seconds`` of them are full: the cheapest first, but
+the n-th variant of a test counts n times as dear, and a test that found a mutant of the same
+function less so. The parent runs no test, so that nothing of one mutant is left for the next.
 
 What the tests make while they are collected (the objectives of a parametrization) is made by the
 code as it is: a mutant of their constructors survives more easily than it should. hypothesis
@@ -254,14 +254,14 @@ class Session:
         fresh = (n for n in nodeids if met.get(n.split("::")[0]) != self.tests[n.split("::")[0]])
         cheapest = sorted(fresh, key=lambda n: (self.seconds[n], n))
         variants: Counter[str] = Counter()
-        rank = {}
+        finders = self.finders[self.function(path, mutant)]
+        cost = {}
         for nodeid in cheapest:
             test = nodeid.split("[")[0]
-            finds = self.finders[self.function(path, mutant)][test]
-            rank[nodeid] = (variants[test], -finds)
             variants[test] += 1
+            cost[nodeid] = self.seconds[nodeid] * variants[test] / (1 + 10 * finders[test])
         ordered, total = [], 0.0
-        for nodeid in sorted(cheapest, key=rank.__getitem__):
+        for nodeid in sorted(cheapest, key=cost.__getitem__):
             total += self.seconds[nodeid]
             if not ordered or total <= self.arguments.seconds:
                 ordered.append(nodeid)
@@ -412,7 +412,7 @@ def report(records: dict[str, dict], mutants: dict[str, tuple]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sample", type=int, default=0, help="so many mutants, drawn")
-    parser.add_argument("--seconds", type=float, default=5, help="of tests, at most, a mutant")
+    parser.add_argument("--seconds", type=float, default=3, help="of tests, at most, a mutant")
     parser.add_argument("--only", default="", help="mutants whose name holds these words")
     parser.add_argument("--output", default=str(ROOT / "build/mutation"))
     arguments = parser.parse_args()
