@@ -54,7 +54,7 @@ nightly: $(VENV)/.ready
 # One place of ops, objectives, rows and references at a time; tests/mutation/measure.py says how.
 # Results in build/mutation; remove it to begin anew.
 mutants: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/measure.py $(if $(SAMPLE),--sample $(SAMPLE))
+	$(BIN)/python tests/mutation/measure.py $(if $(SAMPLE),--sample $(SAMPLE))
 
 bench: $(VENV)/.ready
 	$(BIN)/tdkd bench --suite cpu

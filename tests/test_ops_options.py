@@ -986,3 +986,63 @@ def test_a_vocabulary_without_token_0_is_refused():
         ops.linear_td_loss(
             h, w, token - 1, actions=actions, normaliser="batch", vocabulary=vocabulary
         )
+
+
+@pytest.mark.parametrize("q", ["logit", "log_prob"])
+def test_baselines_by_hand(q):
+    """Teacher (1/2, 1/4, 1/4) and student (1/4, 1/2, 1/4), the set {0, 1}, token 1."""
+    teacher = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
+    student = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64).log() + 3.0
+    token, two = torch.tensor([1]), math.log(2)
+    third = math.log(2 / 3)
+    expected = {
+        CrossEntropy(tail=True): two,
+        CrossEntropy(): -third,
+        ForwardKL(tail=True): 0.25 * two,
+        ForwardKL(): two / 3,
+        ReverseKL(tail=True): 0.25 * two,
+        ReverseKL(): two / 3,
+        IQLearn("identity"): -third,
+        IQLearn("identity", expectation="teacher"): 2 / 3 * math.log(3) + 1 / 3 * -third,
+    }
+    for objective, wanted in expected.items():
+        options = {"objective": objective, "q": q, "k": 2, "gamma": 0.0}
+        loss = ops.td_loss(student, teacher, token, **options).loss
+        assert loss.item() == pytest.approx(wanted), objective
+
+
+def test_the_chi2_regulariser_by_hand():
+    """Two rows, the second is the end; Q are the logits, and V of a set of one is its Q."""
+    student = torch.tensor([[0.7, -9.0], [-1.2, -9.0]], dtype=torch.float64)
+    teacher = torch.tensor([[0.0, -INF], [0.0, -INF]], dtype=torch.float64)
+    options = {
+        "q": "logit",
+        "k": 1,
+        "gamma": 0.5,
+        "successor": torch.tensor([1, -1]),
+        "reduction": "none",
+    }
+    first, second = 0.7 + 0.6, -1.2  # Q - gamma V'
+    for expectation in ("token", "teacher"):
+        out = ops.td_loss(
+            student, teacher, torch.tensor([0, 0]),
+            objective=IQLearn(alpha=0.4, expectation=expectation), **options,
+        )  # fmt: skip
+        # V - gamma V' - (x - x^2 / (4 alpha)), where V = Q
+        assert out.loss.tolist() == pytest.approx([first**2 / 1.6, second**2 / 1.6])
+        assert out.td_error.tolist() == pytest.approx([first, second])
+        assert out.value.tolist() == out.q.tolist() == pytest.approx([0.7, -1.2])
+
+
+def test_a_tail_that_one_of_the_models_lacks():
+    """A set that is the whole vocabulary has no tail, of the student nor of the teacher."""
+    student = torch.tensor([[0.25, 0.75]], dtype=torch.float64).log()
+    teacher = torch.tensor([[0.5, 0.5]], dtype=torch.float64).log()
+    for objective, (p, q) in {
+        ForwardKL(tail=True): ((0.5, 0.5), (0.25, 0.75)),
+        ReverseKL(tail=True): ((0.25, 0.75), (0.5, 0.5)),
+    }.items():
+        loss = ops.td_loss(student, teacher, torch.tensor([0]), objective=objective, k=2, top_p=1.0)
+        assert loss.loss.item() == pytest.approx(
+            sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        )

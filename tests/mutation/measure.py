@@ -416,6 +416,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="mutants whose name holds these words")
     parser.add_argument("--output", default=str(ROOT / "build/mutation"))
     arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it: forks, and small shapes
     from hypothesis import Phase, settings
 
     settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
