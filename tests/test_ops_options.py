@@ -658,6 +658,7 @@ def test_chunks_hold_all_rows_once_and_no_more_logits_than_they_may():
         pieces = list(row_chunks(rows, columns, elements))
         assert [i for piece in pieces for i in range(rows)[piece]] == list(range(rows))
         sizes = [piece.stop - piece.start for piece in pieces]
+        assert min(sizes) > 0
         assert max(sizes) == min(rows, max(1, elements // columns))
         assert len(set(sizes[:-1])) <= 1
     assert list(row_chunks(0, 10)) == [slice(0, 0)]
@@ -699,9 +700,11 @@ def test_systematic_sampling_takes_the_sure_and_never_the_impossible():
 
 
 def test_places_in_a_padded_vocabulary():
-    vocabulary = ops.Vocabulary(torch.tensor([1, 4, 6, -1, -1], dtype=torch.int32), torch.zeros(5))
-    ids = torch.tensor([[6, -1, 1], [4, 0, -3]])
-    assert position_in(vocabulary, ids, 7).tolist() == [[2, -1, 0], [1, -1, -1]]
+    for first in (0, 1):
+        columns = torch.tensor([first, 4, 6, -1, -1], dtype=torch.int32)
+        vocabulary = ops.Vocabulary(columns, torch.zeros(5))
+        ids = torch.tensor([[6, -1, first], [4, 1 - first, -3]])
+        assert position_in(vocabulary, ids, 7).tolist() == [[2, -1, 0], [1, -1, -1]]
 
 
 class Stub:
@@ -1046,3 +1049,80 @@ def test_a_tail_that_one_of_the_models_lacks():
         assert loss.loss.item() == pytest.approx(
             sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
         )
+
+
+# Precision and routes
+
+
+def test_low_precision_heads_are_read_in_float32():
+    """Products of the reference too: bfloat16 would round the logits to a 256th."""
+    hidden, weight = draw(7, 33, seed=1).bfloat16(), draw(50, 33, seed=2).bfloat16()
+    bias = draw(50, seed=3).bfloat16()
+    logits = hidden.float() @ weight.float().T + bias.float()
+    ids = torch.randint(50, (7, 4), generator=torch.Generator().manual_seed(0))
+    options = {"bias": bias, "impl": "reference"}
+    actions = ops.linear_select_actions(hidden, weight, 9, 0.9, **options)
+    wanted = ops.select_actions(logits, 9, 0.9)
+    assert torch.equal(actions.ids, wanted.ids)
+    torch.testing.assert_close(actions.log_probs, wanted.log_probs)
+    log_p = logits.log_softmax(-1)
+    got = ops.linear_log_probs(hidden, weight, ids, **options)
+    torch.testing.assert_close(got.log_probs, log_p.gather(-1, ids))
+    q = ops.linear_gather_q(hidden, weight, ids, **options)
+    torch.testing.assert_close(q, logits.gather(-1, ids))
+    log_z = ops.linear_logsumexp(hidden, weight, **options)
+    torch.testing.assert_close(log_z, logits.logsumexp(-1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.linear_logsumexp(hidden, weight, **options), log_z)
+        assert torch.equal(ops.linear_gather_q(hidden, weight, ids, **options), q)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = q.to(dtype)
+        for impl in ("auto", "reference"):
+            value = ops.soft_value(low, impl=impl)
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value, low.float().logsumexp(-1))
+        target = ops.td_target(low[:, 0], ids[:, 0] * 0 - 2)
+        assert target.dtype == torch.float32
+
+
+def test_a_vocabulary_of_most_columns_is_no_estimate(linear, dense):
+    """At five sixths of the columns the loss is the exact one; at half of them it is not."""
+    actions = ops.ActionSet(
+        dense[2].clamp(min=0).int().unsqueeze(-1), torch.zeros(2, 5, 1), torch.ones(2, 5).int()
+    )
+    student = {n: linear[n] for n in ("student_hidden", "student_weight", "bias")}
+
+    def loss(**options):
+        return ops.linear_td_loss(
+            tokens=dense[2],
+            actions=actions,
+            objective=CrossEntropy(tail=True),
+            **student,
+            **options,
+        ).loss
+
+    members = actions.ids[dense[2] != -100].unique().numel()
+    generator = torch.Generator().manual_seed(0)
+    options = {"normaliser": "batch", "generator": generator}
+    assert torch.equal(loss(extra=75 - members, **options), loss())
+    assert not torch.equal(loss(extra=45 - members, **options), loss())
+
+
+def test_routes_are_told_for_a_cpu_unless_asked():
+    assert ops.routes() == ops.routes("cpu") != ops.routes("cuda")
+    assert "k head rows" in ops.routes()
+
+
+def test_indices_of_rows_are_int64(dense):
+    """As the record says, whatever the successors came as."""
+    student, teacher, tokens = dense
+    seen = []
+
+    def objective(rows):
+        seen.append(rows)
+        return rows.value
+
+    ops.td_loss(
+        student, teacher, tokens, objective=objective, successor=ops.successors(tokens).int()
+    )
+    assert seen[0].successor.dtype == seen[0].slot.dtype == torch.int64
