@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from test_ops import LargestTensor
 
 from tdkd import ops
+from tdkd.kernels import backends
 from tdkd.kernels.batch_vocabulary.reference import inclusion, systematic
+from tdkd.kernels.linear_rows import reference as linear_rows_reference
 from tdkd.kernels.linear_rows.reference import position_in, row_chunks
 from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn, Objective, ReverseKL
 from tdkd.td_rows import TDRows
@@ -584,6 +587,10 @@ REFUSED = {
         lambda: ops.linear_td_loss(h, w, token, teacher_hidden=h.int(), teacher_weight=w),
         "teacher_hidden: .* got int32",
     ),
+    "linear loss teacher list": (
+        lambda: ops.linear_td_loss(h, w, token, teacher_hidden=[[0.0]], teacher_weight=w),
+        "teacher_hidden: expected a tensor, got list",
+    ),
     "linear loss teacher rows": (
         lambda: ops.linear_td_loss(h, w, token, teacher_hidden=h[:1], teacher_weight=w),
         r"teacher_hidden: expected the leading dims of student_hidden \(2,\), got \(1,\)",
@@ -678,8 +685,15 @@ def test_chances_are_proportional_below_one_and_add_up():
     )
     torch.testing.assert_close(inclusion(share, 5), (share > 0).double())
     torch.testing.assert_close(inclusion(share, 9), (share > 0).double())
+    for count in range(7):  # a law is known up to a factor
+        torch.testing.assert_close(inclusion(share / 1000, count), inclusion(share, count))
     assert not inclusion(share, 0).any()
     assert not inclusion(share * 0, 3).any()
+    # where each round finds one that is sure, rounds end: chances all the same, and too few of them
+    steep = inclusion(10.0 ** torch.arange(13, dtype=torch.float64), 11)
+    assert ((steep > 0) & (steep <= 1)).all()
+    assert (steep.diff() >= 0).all()
+    assert 8 < steep.sum() <= 11
 
 
 def test_systematic_sampling_takes_the_sure_and_never_the_impossible():
@@ -727,6 +741,7 @@ def test_room_for_a_vocabulary_on_a_gpu():
         assert count + extra < room <= count + extra + 1 + ops.CAPACITY_STEP
     assert ops._capacity(None, Stub(5), 0, 4 * ops.CAPACITY_STEP) == ops.CAPACITY_STEP == 1024
     assert ops._capacity(None, Stub(5), 0, 4 * ops.CAPACITY_STEP - 1) is None
+    assert ops._capacity(None, Stub(1000), 23, 1 << 20) == 1024
     assert ops._capacity(77, Stub(5), 0, 100) == 77
     assert ops._capacity(77, torch.zeros(1), 0, 100) == 77
     assert ops._capacity(None, torch.zeros(1), 0, 1 << 20) is None
@@ -818,6 +833,8 @@ def test_rows_know_their_states_slots_and_successors():
     assert rows.successor.tolist() == [-2, -2, -2, -2, -1]
     assert rows.counted.tolist() == [False, False, False, False, True]
     assert rows.looks_ahead
+    first = rows_of([[4], [5]], [-100, 5], [1, 0])
+    assert first.successor.tolist() == [-2, -2]
     at_zero = rows_of(rows.ids.tolist(), [2, 1, 0, -100, 9], [1, 2, 3, 4, -1], gamma=0.0)
     assert torch.equal(at_zero.counted, at_zero.state)
     assert not at_zero.looks_ahead
@@ -857,6 +874,7 @@ BY_HAND = [
     ([0.0, 3.0, 1.0, 3.0], 2, 0.9, 3, [1, 3]),
     ([0.0, 3.0, 1.0, 3.0], 3, 1.0, -2, [1, 3, 2]),
     ([0.0, 3.0, 1.0, 3.0], 7, 1.0, -1, [1, 3, 2, 0]),
+    ([30.0, 0.0, 0.0, -50.0], 4, 1.0, -1, [0, 1, 2, 3]),  # all of them, however sure
     ([2.0, 2.0, 2.0, 2.0], 3, 0.5, -1, [0, 1]),  # half of it exactly
     ([2.0, 2.0, 2.0, 2.0], 3, 0.51, -1, [0, 1, 2]),
     ([2.0, 2.0, 2.0, 2.0], 4, 0.001, -1, [0]),
@@ -962,6 +980,21 @@ def test_targets_by_hand(dtype, integer):
     at_zero = ops.td_target(value, successor, gamma=0.0, reward=reward, lam=0.5)
     assert at_zero.tolist() == pytest.approx([0.1, 2.0, 0.3, 0.4, 0.5, 0.6])
     assert ops.td_target(value[:0], successor[:0], lam=0.5).shape == (0,)
+    # a return that does not bootstrap does not see the values on its way
+    empty = value.clone()
+    empty[[0, 4]] = -INF
+    for impl in ("auto", "reference"):
+        got = ops.td_target(empty, successor, gamma=0.5, reward=reward, lam=1.0, impl=impl)
+        assert got.tolist() == pytest.approx(one)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 17])
+def test_a_return_reaches_the_end_of_its_chain(rows):
+    reward = torch.arange(1.0, rows + 1, dtype=torch.float64)
+    successor = torch.tensor([*range(1, rows), -1])
+    got = ops.td_target(reward * 0, successor, gamma=0.5, reward=reward, lam=1.0)
+    expected = [sum(0.5**j * float(r) for j, r in enumerate(reward[i:])) for i in range(rows)]
+    assert got.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
@@ -1106,6 +1139,59 @@ def test_a_vocabulary_of_most_columns_is_no_estimate(linear, dense):
     options = {"normaliser": "batch", "generator": generator}
     assert torch.equal(loss(extra=75 - members, **options), loss())
     assert not torch.equal(loss(extra=45 - members, **options), loss())
+
+
+@pytest.mark.parametrize("number", [0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_every_temperature_and_scale_is_applied(number, impl):
+    logits, ids = draw(3, 8).float(), torch.tensor([[0, 7], [1, 2], [5, 5]])
+    picked = logits.gather(-1, ids)
+    for got, wanted in (
+        (ops.gather_q(logits, ids, temperature=number, impl=impl), picked / number),
+        (ops.gather_q(logits, ids, logit_scale=number, impl=impl), picked * number),
+        (
+            ops.gather_q(logits, ids, softcap=number, impl=impl),
+            number * torch.tanh(picked / number),
+        ),
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_the_reference_is_what_is_asked_for(monkeypatch):
+    """With impl="reference" no kernel is called."""
+    from tdkd.kernels import gather_q, select_actions, soft_value, td_target
+
+    def kernel(*args, **kwargs):
+        raise AssertionError("a kernel")
+
+    for module, name in (
+        (gather_q, "gather_q"),
+        (select_actions, "select_actions"),
+        (soft_value, "soft_value"),
+        (td_target, "td_target"),
+    ):
+        monkeypatch.setattr(module, name, kernel)
+    logits, ids = torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.int64)
+    for call in (
+        lambda impl: ops.gather_q(logits, ids, impl=impl),
+        lambda impl: ops.select_actions(logits, impl=impl),
+        lambda impl: ops.soft_value(logits, impl=impl),
+        lambda impl: ops.td_target(logits[:, 0], ids[:, 0] - 1, impl=impl),
+    ):
+        call("reference")
+        if backends.MISSING is None:
+            with pytest.raises(AssertionError, match="a kernel"):
+                call("auto")
+
+
+def test_head_rows_exist_for_a_few_positions_at_a_time(monkeypatch):
+    """The reference of the row gather holds no more than a chunk of them."""
+    monkeypatch.setattr(linear_rows_reference, "CHUNK_ELEMENTS", 2 * 64 * 5)
+    hidden, weight = draw(8, 5).requires_grad_(), draw(70, 5, seed=1).requires_grad_()
+    ids = torch.randint(70, (8, 64), generator=torch.Generator().manual_seed(0))
+    with LargestTensor() as seen:
+        ops.linear_gather_q(hidden, weight, ids, impl="reference").sum().backward()
+    assert seen.elements <= 2 * 64 * 5
 
 
 def test_routes_are_told_for_a_cpu_unless_asked():
