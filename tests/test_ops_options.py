@@ -1186,12 +1186,12 @@ def test_the_reference_is_what_is_asked_for(monkeypatch):
 
 def test_head_rows_exist_for_a_few_positions_at_a_time(monkeypatch):
     """The reference of the row gather holds no more than a chunk of them."""
-    monkeypatch.setattr(linear_rows_reference, "CHUNK_ELEMENTS", 2 * 64 * 5)
-    hidden, weight = draw(8, 5).requires_grad_(), draw(70, 5, seed=1).requires_grad_()
+    monkeypatch.setattr(linear_rows_reference, "CHUNK_ELEMENTS", 2 * 64 * 12)
+    hidden, weight = draw(8, 12).requires_grad_(), draw(70, 12, seed=1).requires_grad_()
     ids = torch.randint(70, (8, 64), generator=torch.Generator().manual_seed(0))
     with LargestTensor() as seen:
         ops.linear_gather_q(hidden, weight, ids, impl="reference").sum().backward()
-    assert seen.elements <= 2 * 64 * 5
+    assert seen.elements <= 2 * 64 * 12
 
 
 def test_routes_are_told_for_a_cpu_unless_asked():
@@ -1212,3 +1212,50 @@ def test_indices_of_rows_are_int64(dense):
         student, teacher, tokens, objective=objective, successor=ops.successors(tokens).int()
     )
     assert seen[0].successor.dtype == seen[0].slot.dtype == torch.int64
+
+
+def test_rows_that_are_no_states_hold_zeros(dense):
+    """And nothing valid; slots that are padded hold -inf in the others."""
+    student, teacher, tokens = dense
+    seen = []
+
+    def objective(rows):
+        seen.append(rows)
+        return rows.value
+
+    out = ops.td_loss(student, teacher, tokens, objective=objective, k=70, top_p=0.6)
+    (rows,) = seen
+    assert torch.equal(rows.state, (tokens != -100).flatten())
+    for x in (rows.q, rows.log_probs, rows.value, rows.slot, rows.valid):
+        assert not x[~rows.state].any()
+    padded = (out.actions.ids.view(10, 70) < 0) & rows.state.unsqueeze(-1)
+    assert padded.any()
+    assert torch.equal(rows.valid[rows.state], ~padded[rows.state])
+    assert (rows.q[padded] == -INF).all()
+    assert (rows.log_probs[padded] == -INF).all()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_one_row_needs_no_leading_dims(dense, impl):
+    student, teacher, tokens = dense
+    for objective in (ForwardKL(tail=True), ForwardKL()):
+        options = {"objective": objective, "k": 5, "impl": impl}
+        one = ops.td_loss(student[0, 1], teacher[0, 1], tokens[0, 1], **options)
+        row = ops.td_loss(student[:1, 1], teacher[:1, 1], tokens[:1, 1], **options)
+        assert one.loss.shape == one.q.shape == ()
+        torch.testing.assert_close([x for x in one[:4]], [x.squeeze() for x in row[:4]])
+
+
+def test_ids_are_not_looked_at_unless_asked():
+    """An id too large is an error of the kernel or of torch then."""
+    for dtype in (torch.float32, torch.float64):
+        logits, hidden, weight = x.to(dtype), h.to(dtype), w.to(dtype)
+        for call in (
+            lambda logits=logits: ops.gather_q(logits, some + 3),
+            lambda a=hidden, b=weight: ops.linear_gather_q(a, b, some + 3),
+            lambda a=hidden, b=weight: ops.linear_log_probs(a, b, some + 3),
+            lambda logits=logits: ops.select_actions(logits, 2, include=token + 3),
+            lambda a=hidden, b=weight: ops.linear_select_actions(a, b, 2, include=token + 3),
+        ):
+            with pytest.raises((RuntimeError, IndexError)):
+                call()

@@ -423,7 +423,17 @@ def main() -> int:
     settings.load_profile("mutants")
     session = Session(arguments)
     tests = [str(ROOT / path) for path in session.tests]
-    options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", "--no-header", "--rootdir", str(ROOT)]
+    options = [
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:faulthandler",
+        "--no-header",
+        "--rootdir",
+        str(ROOT),
+    ]
     os.chdir(ROOT)
     return int(pytest.main([*options, "-k", f"not ({SKIPPED})", *tests], plugins=[session]))
 
