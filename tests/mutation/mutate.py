@@ -64,11 +64,6 @@ class Mutant:
             old, place[self.index] = place[self.index], self.new
         return old
 
-    def compiled(self, tree: ast.Module, filename: str) -> object:
-        """The code of ``tree``, which it changes."""
-        self.apply()
-        return compile(ast.fix_missing_locations(tree), filename, "exec", dont_inherit=True)
-
 
 def mutants(tree: ast.Module) -> list[Mutant]:
     """All of them, in the order of the file."""

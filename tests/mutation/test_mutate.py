@@ -103,6 +103,8 @@ def test_a_mutant_takes_the_place_of_the_live_code(monkeypatch, words, expected)
     exec(compile(tree, "a_module.py", "exec"), live.__dict__)
     clip, scale = live.clip, live.Scale
     (mutant,) = (m for m in mutate.mutants(tree) if words in m.name)
-    measure.transplant(live, mutant.compiled(tree, "a_module.py"))
+    mutant.apply()
+    code = compile(ast.fix_missing_locations(tree), "a_module.py", "exec")
+    measure.transplant(live, code)
     got = [live.STEP, clip(1, kind="b"), scale().twice, clip(-5), scale.wide]
     assert got == expected
