@@ -14,7 +14,7 @@ help:
 	@echo "make test    lint, types and tests, as CI runs them"
 	@echo "make nightly 20,000 drawn cases of the ops, and 25 times as many of the property tests"
 	@echo "make mutants change the code of the ops in one place at a time, and see what the tests see"
-	@echo "             (half an hour to an hour, goes on where it was; SAMPLE=200 draws so many)"
+	@echo "             (10 to 30 minutes; goes on where it was; SAMPLE=200 draws so many)"
 	@echo "make bench   time the ops against their rivals; results in benchmarks/results/"
 	@echo "make sanitize      the op tests under AddressSanitizer and UBSan"
 	@echo "make oldest-triton the Triton kernels on Triton 3.6"
