@@ -1259,3 +1259,22 @@ def test_ids_are_not_looked_at_unless_asked():
         ):
             with pytest.raises((RuntimeError, IndexError)):
                 call()
+
+
+def test_linear_selection_reads_the_columns_of_its_head(linear):
+    hidden, weight, bias = (linear[f"teacher_{name}"] for name in ("hidden", "weight", "bias"))
+    same(
+        ops.linear_select_actions(hidden, weight, 7, bias=bias, vocab_size=V - 60),
+        ops.linear_select_actions(hidden, weight[: V - 60], 7, bias=bias[: V - 60]),
+    )
+    with pytest.raises(ValueError, match=r"weight: expected \(V, 8\) to fit hidden"):
+        ops.linear_select_actions(hidden, weight[:, :-1], 7)
+
+
+@pytest.mark.parametrize("k", [20, 64, 300])
+def test_many_ties_are_taken_in_order(k):
+    """Whole numbers, a hundred tokens of each: ids ascend among equals."""
+    logits = (draw(3, 700) * 1.5).round()
+    got = ops.select_actions(logits, k, impl="reference").ids
+    for row, ids in zip(logits.tolist(), got.tolist(), strict=True):
+        assert ids == sorted(range(700), key=lambda i: (-row[i], i))[:k]
