@@ -11,12 +11,14 @@ export TOKENIZERS_PARALLELISM := false
 FUZZ_SECONDS ?= 300
 JOBS ?= 2
 
-.PHONY: demo test nightly bench faults imports sanitize fuzz oldest-triton instructions lint format clean help
+.PHONY: demo test nightly mutants bench faults imports sanitize fuzz oldest-triton instructions lint format clean help
 
 help:
 	@echo "make demo    distil a small student on this machine and write runs/demo/report.md"
 	@echo "make test    lint, types and tests, as CI runs them"
 	@echo "make nightly 20,000 drawn cases of the ops, and 25 times as many of the property tests"
+	@echo "make mutants change the code of the ops in one place at a time, and see what the tests see"
+	@echo "             (10 to 30 minutes; goes on where it was; SAMPLE=200 draws so many)"
 	@echo "make bench   time the ops against their rivals; results in benchmarks/results/"
 	@echo "make faults  kill generate, distill and evaluate at random moments, 20 times each (20 min)"
 	@echo "make imports seconds that importing tdkd adds to importing torch"
@@ -55,6 +57,11 @@ test: lint
 nightly: $(VENV)/.ready
 	$(BIN)/tdkd verify --cases 750 --seed $$(( $$(date +%j) * 1000 ))
 	TDKD_CASES=25 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_ops_properties.py
+
+# One place of ops, objectives, rows and references at a time; tests/mutation/measure.py says how.
+# Results in build/mutation; remove it to begin anew.
+mutants: $(VENV)/.ready
+	$(BIN)/python tests/mutation/measure.py $(if $(SAMPLE),--sample $(SAMPLE))
 
 bench: $(VENV)/.ready
 	$(BIN)/tdkd bench --suite cpu

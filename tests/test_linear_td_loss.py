@@ -455,3 +455,11 @@ def test_torch_compile_without_a_graph_break(options):
         result = function(*leaves)
         results.append((result.detach(), *torch.autograd.grad(result, leaves)))
     agree(results[1], results[0])
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_is_frozen_takes_one_pass_too(products, frozen):
+    leaves, tokens, actions = make(bias=False)
+    leaves[frozen].requires_grad_(False)
+    loss(leaves, tokens, actions, objective=ForwardKL(tail=True)).loss.backward()
+    assert sum(products) == ROWS
