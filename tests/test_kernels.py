@@ -506,3 +506,10 @@ def test_a_gradient_of_huge_logits_is_zero_far_below_them(isa, temperature):
     given = torch.zeros_like(z), torch.ones_like(log_rest), logits, nothing, log_rest
     grad = torch.ops.tdkd.student_rows_backward(*given, *scale, None, None)
     assert not grad[:, 1].any()
+
+
+def test_the_operator_itself_refuses_sets_of_nothing():
+    """The public op does so before it, but what calls the operator is not always that."""
+    x = torch.zeros(2, 5)
+    with pytest.raises(RuntimeError, match="k: expected an int >= 1, got 0"):
+        torch.ops.tdkd.select_actions(x, 0, 1.0, 1.0, None, 1.0, torch.tensor([0, 1]), None)
