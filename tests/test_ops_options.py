@@ -795,7 +795,7 @@ def test_sums_and_multiples_of_objectives(dense):
 
 def test_defaults_of_objectives():
     assert repr(IQLearn()) == (
-        "IQLearn(phi='chi2', alpha=0.1, expectation='token', stop_gradient=None)"
+        "IQLearn(phi='chi2', alpha=0.1, expectation='token', stop_gradient=None, value='expert')"
     )
     for baseline in (ForwardKL, ReverseKL, CrossEntropy):
         assert repr(baseline()) == f"{baseline.__name__}(tail=False)"
@@ -815,7 +815,7 @@ def rows_of(ids, tokens, successor, gamma=0.9, objective=None):
         torch.tensor(successor),
         ignore_index=-100,
         objective=objective or IQLearn(),
-        log_prob=False,
+        level="logit",
         gamma=gamma,
         soft_value=ops.soft_value,
     )

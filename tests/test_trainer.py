@@ -399,7 +399,7 @@ def test_a_batch_without_responses_is_a_zero(tmp_path, tiny_teacher, tiny_studen
 
 
 REFUSED = {
-    "q_level": ("value", "q_level: expected one of log_prob, logit, got 'value'"),
+    "q_level": ("value", "q_level: expected one of log_prob, logit, shifted, got 'value'"),
     "normaliser": ("none", "normaliser: expected one of exact, batch, got 'none'"),
     "imitation": ("kl", "imitation: expected one of forward_kl, .*got 'kl'"),
     "td_phi": ("x", "td_phi: .*got 'x'"),
