@@ -110,6 +110,9 @@ METHODS: dict[str, Method] = {
     "sft": Method("cross-entropy on the teacher's answers (SeqKD)", lm_weight=1.0),
     "kl-full": Method("forward KL, whole vocabulary (KD)", dense=full_kl),
     "kl-tail": Method("forward KL, set and tail bucket", KL),
+    "kl-tail-p1": Method(
+        "the same on the 64 likeliest tokens, whatever they hold", KL, options=(("top_p", 1.0),)
+    ),
     "kl-set": Method("forward KL, renormalised on the set", ForwardKL(), options=LOGIT),
     "rkl-tail": Method("reverse KL, set and tail bucket", ReverseKL(tail=True)),
     "jsd-tail": Method("JSD(0.5), set and tail bucket", JSD(tail=True)),
