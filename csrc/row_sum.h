@@ -55,7 +55,7 @@ struct RowSum {
       flush();
       float from = reference;
       look_from(highest(top[0]));
-      total *= std::exp(double(scale(from)) - double(scale(reference)));
+      total *= std::exp(scale.wide(from) - scale.wide(reference));
     }
   }
 
@@ -73,7 +73,7 @@ struct RowSum {
   /// logsumexp of the row; NaN where it held NaN or +inf; not to be asked where it was all -inf.
   double log() {
     flush();
-    return double(scale(reference)) + std::log(total);
+    return scale.wide(reference) + std::log(total);
   }
 
  private:

@@ -24,6 +24,12 @@ struct Scale {
     if (capped() && x != -INFINITY) x = softcap * std::tanh(x / softcap);
     return temperature != 1 ? x / temperature : x;
   }
+  /// The same without rounding, for differences of what stands at a level of hundreds.
+  double wide(float x) const {
+    double z = double(x) * logit_scale;
+    if (capped() && x != -INFINITY) z = softcap * std::tanh(z / softcap);
+    return z / temperature;
+  }
   /// dz/dx
   float derivative(float x) const {
     if (!capped()) return slope();

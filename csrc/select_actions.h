@@ -128,7 +128,7 @@ inline void write_set(const Candidates& found, const Selection& how, double log_
   double before = 0;
   for (; members < n && before < how.reach; ++members) {
     ids[members] = found.ids[members];
-    log_probs[members] = float(how.scale(found.values[members]) - log_z);
+    log_probs[members] = float(how.scale.wide(found.values[members]) - log_z);
     has_taken |= ids[members] == taken;
     if (how.reach < 1) before += std::exp(double(log_probs[members]));
   }
@@ -137,7 +137,7 @@ inline void write_set(const Candidates& found, const Selection& how, double log_
   if (taken >= 0 && !has_taken) {
     int64_t slot = std::min(members, k - 1);
     ids[slot] = int32_t(taken);
-    log_probs[slot] = float(how.scale(taken_logit) - log_z);
+    log_probs[slot] = float(how.scale.wide(taken_logit) - log_z);
     members = slot + 1;
   }
   *count = int32_t(members);

@@ -290,7 +290,10 @@ def _linear_log_probs(draw: Draw) -> Problem:
     def call(hidden: Tensor, weight: Tensor, bias: Tensor, impl: ops.Impl) -> tuple[Tensor, ...]:
         return ops.linear_log_probs(hidden, weight, ids, bias=bias, impl=impl, **scale)
 
-    return Problem(head[:3], call, 24.0, note=f"{head.note} k={k} {scale}")
+    # gradients add up k targets of random sign, each times a hidden state or a head row
+    factors = [float(x.abs().max()) for x in head[:2] if x.numel()]
+    slope = max(1.0, *factors) * k**0.5 if factors else 1.0
+    return Problem(head[:3], call, 24.0, slope, note=f"{head.note} k={k} {scale}")
 
 
 def _linear_select_actions(draw: Draw) -> Problem:

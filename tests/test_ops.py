@@ -790,3 +790,19 @@ def test_fused_is_refused_where_no_kernel_exists():
             torch.zeros(2, 1, dtype=torch.int64, device="meta"),
             impl="fused",
         )
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+def test_a_level_and_a_temperature_do_not_round_log_probabilities(impl):
+    """Found by `tdkd verify`: at -1000 / 1.7 float32 knows log-probabilities to 3e-5 alone, more
+    than what a prefix may fall short of top_p."""
+    generator = torch.Generator().manual_seed(0)
+    x = (2.5 * torch.randn(20, 257, generator=generator)).bfloat16().float()
+    low = (x - 1024).bfloat16().float()  # both exact
+    given = {"k": 100, "top_p": 0.8, "temperature": 1.7, "impl": impl}
+    got = ops.select_actions(low, **given)
+    exact = ops.select_actions(low.double(), **{**given, "impl": "reference"})
+    assert torch.equal(got.ids, exact.ids)
+    held = got.ids >= 0
+    error = (got.log_probs.double() - exact.log_probs)[held].abs().max()
+    assert error < 1e-6

@@ -53,9 +53,14 @@ def select_actions(
 
     kept = min(k, vocab)
     ids = top_ids(logits, kept)
-    z = scaled(logits, scale)
-    peak = z.amax(-1, keepdim=True)
-    log_z = peak + (z - peak).exp().sum(-1, keepdim=True).log()
+    if scale.softcap is None:
+        # the largest first: a level of -1000, divided by a temperature, would be rounded
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        z = scaled(wide - wide.amax(-1, keepdim=True), scale)
+    else:
+        z = scaled(logits, scale)
+        z = z - z.amax(-1, keepdim=True)
+    log_z = z.exp().sum(-1, keepdim=True).log()
     log_probs = z.gather(-1, ids) - log_z
 
     member = (logits.gather(-1, ids) != -torch.inf) & usable.unsqueeze(-1)

@@ -34,6 +34,14 @@ _REACHED = 1.0 - 1e-5  # as in the reference: a prefix reaches top_p within this
 
 
 @triton.jit
+def _below(x, top, slope, inner, outer, CAPPED: tl.constexpr):
+    """Scaled logits less the row's reference, before a temperature can round their level."""
+    if CAPPED:
+        return scaled(x, slope, inner, outer, CAPPED) - top
+    return (x - top) * slope
+
+
+@triton.jit
 def _add_tile(x, level, total, slope_log2e, inner, outer, CAPPED: tl.constexpr):
     """One tile ``[groups, GROUP]`` onto sums that are relative to a level a group slot."""
     maxima = tl.max(x, 1)
@@ -247,7 +255,7 @@ def _select(
     c = LOG2E if CAPPED else slope * LOG2E
     top = tl.max(level, 0)
     whole = tl.sum(total * tl.exp2((level - top) * c), 0)
-    log_z = (top if CAPPED else top * slope) + tl.log(whole)
+    log_whole = tl.log(whole)
     usable = whole > 0.0  # not so where the sum is NaN
     if HAS_STATE:
         usable = usable & (tl.load(state_ptr + row) != 0)
@@ -293,7 +301,7 @@ def _select(
     ids = (packed & 0xFFFFFFFF).to(tl.int32)
     n = tl.minimum(n, k)
     x = tl.load(x_ptr + ids, mask=m < n, other=float("-inf")).to(tl.float32)
-    log_probs = scaled(x, slope, inner, outer, CAPPED) - log_z
+    log_probs = _below(x, top, slope, inner, outer, CAPPED) - log_whole
     probs = tl.where(m < n, tl.exp(log_probs), 0.0)
     before = tl.cumsum(probs, 0) - probs
     n = tl.minimum(n, tl.min(tl.where(before < reach, CAP, m), 0))
@@ -306,9 +314,9 @@ def _select(
         slot = tl.where(added, tl.minimum(n, k - 1), -1)
         # an id that is no column has no probability
         x_taken = tl.load(x_ptr + taken, mask=added & (taken < V), other=float("nan"))
-        z_taken = scaled(x_taken.to(tl.float32), slope, inner, outer, CAPPED)
+        z_taken = _below(x_taken.to(tl.float32), top, slope, inner, outer, CAPPED)
         ids = tl.where(m == slot, taken.to(tl.int32), ids)
-        log_probs = tl.where(m == slot, z_taken - log_z, log_probs)
+        log_probs = tl.where(m == slot, z_taken - log_whole, log_probs)
         n = tl.where(added, slot + 1, n)
     tl.store(ids_ptr + wide * k + m, ids, mask=m < k)
     tl.store(log_probs_ptr + wide * k + m, log_probs, mask=m < k)
