@@ -49,6 +49,7 @@ TESTS = [
     "tests/test_ops_options.py",
     "tests/test_ops_properties.py",
     "tests/test_linear_td_loss.py",
+    "tests/test_objectives_by_hand.py",
     "tests/test_objectives.py",
     "tests/test_levels.py",
     "tests/test_soft_mdp.py",
