@@ -12,12 +12,13 @@ LAW_FLOOR = 0.1
 """Share of that law that is spread evenly, so that no weight exceeds ten times the uniform one."""
 
 
-@torch.no_grad()
 def student_law(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Scale, state: Tensor
 ) -> Tensor:
     """Mean probabilities ``[V]`` of a student over some of its rows ``[N, H]``, those that are
     states, and a floor. Whatever they are, estimates by :func:`batch_vocabulary` stay unbiased."""
+    hidden, weight = hidden.detach(), weight.detach()
+    bias = None if bias is None else bias.detach()
     count, columns = hidden.shape[0], weight.shape[0]
     law = hidden.new_full((columns,), LAW_FLOOR / columns, dtype=torch.float32)
     if not count:
