@@ -48,10 +48,11 @@ def diagnostics(
         "set_size": out.actions.count.sum() / rows,
         "teacher_mass": out.actions.mass.sum() / rows,
     }
-    if out.q.numel():
-        spread = torch.where(known, error.float(), torch.nan)
-        for name, share in QUANTILES.items():
-            metrics[f"td_error_{name}"] = spread.nanquantile(share).nan_to_num(0.0)
+    # one more that does not count: a batch without rows has the same entries, or ranks part
+    spread = torch.where(known, error.float(), torch.nan)
+    spread = torch.cat([spread, spread.new_full((1,), torch.nan)])
+    for name, share in QUANTILES.items():
+        metrics[f"td_error_{name}"] = spread.nanquantile(share).nan_to_num(0.0)
     ids, log_probs, _ = out.actions
     theirs = log_probs.logsumexp(-1)
     # the taken token, once, though an id may stand twice in a caller's set

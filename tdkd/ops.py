@@ -747,8 +747,8 @@ def linear_td_loss(
         extra: for ``"batch"``: number of sampled columns; ``capacity`` as in
             :func:`batch_vocabulary`.
         law: likewise; ``"student"`` takes the student's mean probabilities over 64 of these rows
-            (a product with the whole head, of those alone) and a tenth of the uniform law. Its
-            gradient came 6 times nearer to the exact one than that of the uniform law.
+            (a product with the whole head, of those alone) and a tenth of the uniform law: an
+            estimate several times nearer to the exact one (`benchmarks/normaliser.py`).
         generator: for ``"batch"``: source of randomness.
         bias: the student's head bias ``(V,)``; ``teacher_bias`` is the teacher's.
         objective: as in :func:`td_loss`, and so are the others.

@@ -7,6 +7,7 @@ it, and ``references`` (a list of strings) may stand in place of, or beside, the
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
@@ -229,6 +230,17 @@ def write_whole(path: Path, content: Any) -> None:
         if temporary.exists():
             temporary.unlink()
         raise _unwritten(path, error) from error
+
+
+def write_figure(path: Path, figure: Any, dpi: int = 120) -> None:
+    """A PNG of a matplotlib figure that appears whole or not at all.
+
+    Raises:
+        UserError: the disk takes no more.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    write_whole(path, buffer.getvalue())
 
 
 def read_json(path: Path) -> Any:

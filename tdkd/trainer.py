@@ -527,7 +527,7 @@ class TDTrainer(SFTTrainer):
             mean = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in values])
             reduced = self.accelerator.reduce(mean.mean().to(self.accelerator.device), "mean")
             recorded[name] = [reduced.item()]
-            if name == "value":
+            if name == "value" and self.model.training:
                 self._drift.see(recorded[name][0])
         super().log(logs, start_time)
 

@@ -1,10 +1,18 @@
-"""What the C++ and the Triton kernels are both held to, against the reference in float64."""
+"""What several files of tests check alike; kernels against the reference in float64."""
 
+import pytest
 import torch
 
 from tdkd import ops
 from tdkd.kernels.student_rows import reference, student_rows
 from tdkd.testing import head_case, student_case, ulps
+
+
+def check_refused(call, message):
+    """Wrong input gets one line that says what the pattern says."""
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
 
 
 def check_student_rows(vocab, dtype, scale, weighted, device="cpu"):

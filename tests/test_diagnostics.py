@@ -63,6 +63,7 @@ def test_without_discount_there_is_no_bound_and_without_rows_nothing():
     )  # fmt: skip
     told = diagnostics(none, tokens[:0], successor[:0], log_prob=True, gamma=GAMMA)
     assert all(math.isfinite(value) and value == 0 for value in told.values())
+    assert set(told) == set(diagnostics(out, tokens, successor, log_prob=True, gamma=GAMMA))
 
 
 def test_a_value_that_drifts_is_told_once(caplog):

@@ -116,7 +116,7 @@ def test_a_killed_run_goes_on_where_it_was(script, folders, runs, monkeypatch, t
     import learn
     from methods import with_lm
 
-    bench = script.Bench(parse(script, folders))
+    bench = script.Bench(script.parse(arguments(folders)))
     whole = tmp_path / "whole"
     cut = tmp_path / "cut"
     logs = []
@@ -148,22 +148,9 @@ def test_a_killed_run_goes_on_where_it_was(script, folders, runs, monkeypatch, t
         assert torch.equal(whole_part, cut_part)
 
 
-def parse(script, root):
-    """The arguments as the script reads them."""
-    kept = {}
-
-    class Kept(script.Bench):
-        def __init__(self, args):
-            kept["args"] = args
-            raise StopIteration
-
-    original, script.Bench = script.Bench, Kept
-    try:
-        with pytest.raises(StopIteration):
-            script.main(arguments(root))
-    finally:
-        script.Bench = original
-    return kept["args"]
+def test_settings_that_runs_share_must_not_change(script, folders, runs):
+    with pytest.raises(SystemExit, match="batch: expected 3 as in .*settings.json, got 4"):
+        script.main([*arguments(folders), "--batch", "4"])
 
 
 def test_unknown_methods_are_named(script):

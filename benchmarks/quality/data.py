@@ -53,7 +53,7 @@ def answers(
         random.Random(0).shuffle(chosen)
         short = [r for r in chosen if len(str(r["prompt"])) <= 4 * prompt_tokens][:examples]
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in short)
-        output.with_suffix(".prompts").write_text(lines, encoding="utf-8")
+        records.write_whole(output.with_suffix(".prompts"), lines.encode())
     generate.run(
         model=str(model),
         output=str(output),

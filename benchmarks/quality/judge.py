@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tdkd import records
-from tdkd.cli.evaluate import collate, references
+from tdkd.cli.evaluate import collate, compare, references
 from tdkd.cli.generate import sample
 from tdkd.models import Head, last_hidden_state, lm_head
 
@@ -25,49 +25,16 @@ DRAWS = 1000
 
 def on_teacher(student: PreTrainedModel, teacher: Head, examples: Examples) -> dict[str, float]:
     """Teacher-forced: KL, reverse KL, top-1 agreement, acceptance, perplexity."""
-    sums, count = torch.zeros(5, dtype=torch.float64), 0
+    parts = []
     with torch.inference_mode():
         for first in range(0, len(examples), BATCH):
             batch = examples.batch(list(range(first, min(first + BATCH, len(examples)))))
             hidden = last_hidden_state(student, input_ids=batch.ids, attention_mask=batch.mask)
-            compared = _compare(
-                hidden[batch.states], lm_head(student), batch.teacher_hidden, teacher
-            )
-            log_q = torch.cat([c[4] for c in compared])
-            nll = -log_q.gather(-1, batch.tokens[:, None]).sum()
-            parts = [torch.cat([c[j] for c in compared]).sum().double() for j in range(4)]
-            sums += torch.stack([*parts, nll.double()])
-            count += batch.tokens.numel()
-    kl, reverse, top1, acceptance, nll_mean = (sums / count).tolist()
-    return {
-        "kl": kl,
-        "reverse_kl": reverse,
-        "top1": top1,
-        "acceptance": acceptance,
-        "perplexity": math.exp(nll_mean),
-    }
-
-
-def _compare(
-    student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head
-) -> list[tuple[Tensor, ...]]:
-    """KL, reverse KL, top-1 and acceptance of each row, and the student's log-probabilities."""
-    result = []
-    for rows in range(0, student_hidden.shape[0], 256):
-        part = slice(rows, rows + 256)
-        log_q = student.logits(student_hidden[part]).log_softmax(-1)
-        log_p = teacher.logits(teacher_hidden[part]).log_softmax(-1)
-        p, q = log_p.exp(), log_q.exp()
-        result.append(
-            (
-                (p * (log_p - log_q)).sum(-1),
-                (q * (log_q - log_p)).sum(-1),
-                (log_p.argmax(-1) == log_q.argmax(-1)).float(),
-                torch.minimum(p, q).sum(-1),
-                log_q,
-            )
-        )
-    return result
+            given = hidden[batch.states], lm_head(student), batch.teacher_hidden, teacher
+            parts.append(compare(*given, batch.tokens))
+    *means, nll = torch.cat(parts).mean(0).tolist()
+    names = ("kl", "reverse_kl", "top1", "acceptance")
+    return {**dict(zip(names, means, strict=True)), "perplexity": math.exp(nll)}
 
 
 def on_its_own(
@@ -126,18 +93,17 @@ def _along(
     if not said:
         return sums
     with torch.inference_mode():
-        ids, mask, states, _ = collate(said, pad, torch.device("cpu"))
+        ids, mask, states, tokens = collate(said, pad, torch.device("cpu"))
         hidden = [
             last_hidden_state(m, input_ids=ids, attention_mask=mask)[states]
             for m in (student, teacher)
         ]
-        compared = _compare(hidden[0], lm_head(student), hidden[1], lm_head(teacher))
-    kl, reverse, _, acceptance = (torch.cat([c[j] for c in compared]).double() for j in range(4))
+        compared = compare(hidden[0], lm_head(student), hidden[1], lm_head(teacher), tokens)
     position = torch.cat([torch.arange(len(s.completion)) for s in said])
     for i, (low, high) in enumerate(POSITIONS):
         inside = (position >= low) & (position < high)
-        parts = [x[inside].sum() for x in (kl, reverse, acceptance)]
-        sums[i] = torch.stack([*parts, inside.sum().double()])
+        sums[i, :3] = compared[inside][:, [0, 1, 3]].sum(0)
+        sums[i, 3] = inside.sum()
     return sums
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tdkd import ops
+from tdkd.diagnostics import diagnostics
 from tdkd.lm_loss import lm_cross_entropy
 from tdkd.models import Head
 from tdkd.objectives import (
@@ -24,6 +25,7 @@ from tdkd.objectives import (
 )
 from tdkd.published import published_loss
 
+GAMMA = 0.99
 Dense = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -65,13 +67,13 @@ class Method:
                 teacher_weight=teacher.weight,
                 successor=successor,
                 objective=self.objective,
+                gamma=GAMMA,
                 **given,
             )
             total = total + out.loss
-            known = successor != -2
-            told["value"] = float(out.value.mean())
-            told["td_error"] = float(out.td_error[known].abs().mean())
-            told["teacher_mass"] = float(out.actions.mass.mean())
+            level = given.get("q", "log_prob") == "log_prob"
+            made = diagnostics(out, tokens, successor, log_prob=level, gamma=GAMMA)
+            told = {name: value.item() for name, value in made.items()}
         if self.dense is not None:
             with torch.no_grad():
                 wanted = teacher_hidden @ teacher.weight.T

@@ -8,6 +8,7 @@ from typing import Any
 
 from judge import POSITIONS
 
+from tdkd import records
 from tdkd.benchmark.report import environment, write_json
 
 SHOWN = {
@@ -91,10 +92,8 @@ def picture(runs: list[dict[str, Any]], path: Path) -> None:
     axes[2].set(title="Rouge-L, sampled at temperature 1 (95 %)")
     for axis in axes[1:]:
         axis.tick_params(labelsize=7)
-    temporary = path.with_name(path.stem + ".tmp.png")
-    figure.savefig(temporary, dpi=110)
+    records.write_figure(path, figure)
     plt.close(figure)
-    temporary.replace(path)
 
 
 def _label(run: dict[str, Any]) -> str:

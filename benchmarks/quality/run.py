@@ -25,10 +25,13 @@ from methods import METHODS, with_lm
 from safetensors.torch import load_file
 
 from tdkd import records
+from tdkd.benchmark.report import environment
 from tdkd.models import lm_head, load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM = "warm"
+SHARED = ("examples", "dev", "prompts", "prompt_tokens", "new_tokens", "batch", "warm_rate")
+"""Options that the results of one folder have in common; the others are in the names of runs."""
 
 
 class Bench:
@@ -38,6 +41,7 @@ class Bench:
         self.args = args
         self.work: Path = args.work
         self.work.mkdir(parents=True, exist_ok=True)
+        self._same_settings()
         self.teacher = load_model(str(args.models / "teacher"), argument="models")
         self.tokenizer = load_tokenizer(str(args.models / "teacher"), chat=True)
         self.train, self.dev = (
@@ -65,6 +69,20 @@ class Bench:
             for name in EVAL_SETS
         }
 
+    def _same_settings(self) -> None:
+        """What all runs of a folder share must not change under them."""
+        given = {name: getattr(self.args, name) for name in SHARED}
+        kept = self.work / "settings.json"
+        if not kept.exists():
+            records.write_whole(kept, given)
+        before = records.read_json(kept)
+        for name, value in given.items():
+            if before[name] != value:
+                raise SystemExit(
+                    f"{name}: expected {before[name]} as in {kept}, got {value}; choose another "
+                    "--work"
+                )
+
     def run(self, name: str, rate: float, seed: int, start: str) -> None:
         """One training and its scores, unless they are there."""
         method = with_lm("sft" if name == WARM else name)
@@ -90,7 +108,7 @@ class Bench:
         settings = {
             "method": name, "words": method.words, "rate": rate, "seed": seed, "start": start,
             "steps": steps, "batch": self.args.batch, "tokens": sum(x["tokens"] for x in log),
-            "needs_teacher": method.needs_teacher,
+            "needs_teacher": method.needs_teacher, "git": environment()["git"],
         }  # fmt: skip
         losses = [x["loss"] for x in log]
         records.write_whole(result, {**settings, "scores": scores, "losses": losses})
@@ -151,7 +169,7 @@ def _load(student: Any, folder: Path) -> None:
         raise SystemExit(f"{folder}: another model, without {missing} and with {unexpected}")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -175,7 +193,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/quality")
     parser.add_argument("--time", action="store_true", help="only measure seconds a step")
     parser.add_argument("--report", action="store_true", help="only write table and picture")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     torch.set_num_threads(args.threads)
     if not args.report:
         bench = Bench(args)

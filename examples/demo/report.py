@@ -90,9 +90,7 @@ def curves(path: Path, logs: dict[str, list[dict[str, Any]]], metrics: dict[str,
                 i, metrics[when]["kl"], f"{metrics[when]['kl']:.2f}", ha="center", va="bottom"
             )
     figure.tight_layout()
-    temporary = path.with_name("curves.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    records.write_figure(path, figure)
 
 
 def text(

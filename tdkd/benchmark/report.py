@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import platform
 import subprocess
@@ -157,9 +156,7 @@ def write_picture(path: Path, run: dict[str, Any]) -> bool:
         axes.set_xlabel(
             f"median time / time of {anchor} (log scale; shorter is faster)", fontsize=8
         )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    records.write_whole(path, buffer.getvalue())
+    records.write_figure(path, figure, dpi=130)
     return True
 
 

@@ -17,7 +17,7 @@ from tdkd import records
 from tdkd.cli.console import console, progress_bar
 from tdkd.cli.generate import sample
 from tdkd.errors import UserError
-from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer
+from tdkd.models import Head, last_hidden_state, lm_head, load_model, load_tokenizer
 
 # Rows of logits that exist at a time: teacher and student, in float32.
 CHUNK_ROWS = 256
@@ -87,13 +87,7 @@ def evaluate(
             ids, mask, states, tokens = collate(batch, tokenizer.pad_token_id, student.device)
             inputs = {"input_ids": ids, "attention_mask": mask}
             hidden = [last_hidden_state(m, **inputs)[states] for m in (student, teacher)]
-            for rows in range(0, tokens.numel(), CHUNK_ROWS):
-                part = slice(rows, rows + CHUNK_ROWS)
-                log_q, log_p = (
-                    head.logits(h[part]).log_softmax(-1)
-                    for h, head in zip(hidden, heads, strict=True)
-                )
-                sums += _compare(log_p, log_q, tokens[part]).cpu()
+            sums += compare(hidden[0], heads[0], hidden[1], heads[1], tokens).sum(0).cpu()
             positions += tokens.numel()
             progress.update(task, advance=len(batch))
     kl, reverse_kl, top1, acceptance, nll = (sums / positions).tolist()
@@ -208,17 +202,30 @@ def collate(
     return ids.to(device), mask.to(device), states.to(device), tokens.to(device)
 
 
+def compare(
+    student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head, tokens: Tensor
+) -> Tensor:
+    """KL, reverse KL, top-1 agreement, acceptance and negative log-likelihood of N rows, float64
+    ``[N, 5]``; no more than ``CHUNK_ROWS`` of them have logits at a time."""
+    parts = []
+    for start in range(0, tokens.numel(), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        log_q = student.logits(student_hidden[rows]).log_softmax(-1)
+        log_p = teacher.logits(teacher_hidden[rows]).log_softmax(-1)
+        parts.append(_compare(log_p, log_q, tokens[rows]))
+    return torch.cat(parts)
+
+
 def _compare(log_p: Tensor, log_q: Tensor, tokens: Tensor) -> Tensor:
-    """Sums over rows of KL, reverse KL, top-1 agreement, acceptance and negative log-likelihood."""
     p, q = log_p.exp(), log_q.exp()
     difference = log_p - log_q
     # 0 * inf where one of them excludes a token
-    kl = torch.where(p > 0, p * difference, 0.0).sum()
-    reverse_kl = torch.where(q > 0, -q * difference, 0.0).sum()
-    top1 = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
-    acceptance = torch.minimum(p, q).sum()
-    nll = -log_q.gather(-1, tokens.unsqueeze(-1)).sum()
-    return torch.stack([kl, reverse_kl, top1.to(kl), acceptance, nll]).double()
+    kl = torch.where(p > 0, p * difference, 0.0).sum(-1)
+    reverse_kl = torch.where(q > 0, -q * difference, 0.0).sum(-1)
+    top1 = (log_p.argmax(-1) == log_q.argmax(-1)).to(kl)
+    acceptance = torch.minimum(p, q).sum(-1)
+    nll = -log_q.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return torch.stack([kl, reverse_kl, top1, acceptance, nll], -1).double()
 
 
 def _answers(

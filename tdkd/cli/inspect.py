@@ -241,7 +241,5 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     right.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    temporary = path.with_name(path.stem + ".tmp.png")
-    figure.savefig(temporary, dpi=120)
+    records.write_figure(path, figure)
     plt.close(figure)
-    temporary.replace(path)
