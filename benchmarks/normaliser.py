@@ -4,8 +4,8 @@
 
 Models and data are those of `make demo`: runs/demo/teacher, runs/demo/td/final (or warm/final, or
 student-init) and runs/demo/heldout.jsonl. A batch is as many answers as a training step holds.
-Each m is drawn many times for every batch, uniformly and by a law: the student's mean probabilities
-in the batch before, a tenth of them spread evenly.
+Each m is drawn many times for every batch, uniformly and by the law of ``law="student"``: its mean
+probabilities over 64 rows of the batch, a tenth of them spread evenly.
 """
 
 from __future__ import annotations
