@@ -85,6 +85,7 @@ def curves(path: Path, logs: dict[str, list[dict[str, Any]]], metrics: dict[str,
             WHEN, [metrics[when]["kl"] for when in WHEN], color=["#999999", "#6699cc", "#225588"]
         )
         axis.set_title("held-out KL(teacher || student), nats a token")
+        axis.margins(y=0.12)
         for i, when in enumerate(WHEN):
             axis.text(
                 i, metrics[when]["kl"], f"{metrics[when]['kl']:.2f}", ha="center", va="bottom"
