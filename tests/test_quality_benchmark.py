@@ -101,15 +101,30 @@ def test_what_is_done_is_not_done_again(script, folders, runs, monkeypatch):
     assert (folders / "out" / "quality.png").stat().st_size > 1000
 
 
-def test_seconds_a_step(script, folders, runs):
-    script.main([*arguments(folders), "--time", "--methods", "sft", "kl-full"])
-    times = json.loads((folders / "work" / "times.json").read_text())
-    assert set(times["seconds"]) == {"sft", "kl-full"}
-    assert all(seconds > 0 for seconds in times["seconds"].values())
-    told = json.loads((folders / "out" / "quality.json").read_text())["runs"]
-    by_name = {run["method"]: run["seconds_a_step"] for run in told}
-    assert by_name["sft"] == times["seconds"]["sft"]
-    assert by_name["kl-tail"] is None
+def test_equal_minutes(script, folders, runs):
+    """Each method takes the steps that its measured time allows."""
+    names = ["sft", "kl-full", "kl-p1"]
+    times = {"threads": 1, "batch": 3, "seconds": {}}
+    records.write_whole(folders / "work" / "times.json", times)
+    with pytest.raises(SystemExit, match="minutes: expected the time of a step of jsd-p1; run"):
+        script.main([*arguments(folders), "--minutes", "1", "--methods", "jsd-p1"])
+    script.main([*arguments(folders), "--time", "--methods", *names])
+    seconds = json.loads((folders / "work" / "times.json").read_text())["seconds"]
+    assert set(seconds) == set(names)
+    assert set(seconds["sft"]) == set(seconds["kl-full"]) == {"live"}
+    assert 0 < seconds["kl-p1"]["cache"] < seconds["kl-p1"]["live"]
+    minutes = 5 * seconds["kl-full"]["live"] / 60
+    for teacher in ("cache", "live"):
+        given = ["--minutes", str(minutes), "--teacher", teacher, "--methods", *names]
+        script.main([*arguments(folders), *given])
+    told = json.loads((folders / "out" / "quality.json").read_text())
+    assert told["times"]["seconds"] == seconds
+    steps = {(r["method"], r["teacher"]): r["steps"] for r in told["runs"] if r["minutes"]}
+    assert steps.pop(("kl-full", "live")) == 5
+    for (name, teacher), taken in steps.items():
+        way = "cache" if teacher == "cache" else "live"
+        assert taken == round(60 * minutes / seconds[name][way])
+    assert ("sft", "none") in steps
 
 
 def test_a_killed_run_goes_on_where_it_was(script, folders, runs, monkeypatch, tmp_path):

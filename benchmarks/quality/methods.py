@@ -26,6 +26,7 @@ from tdkd.objectives import (
 from tdkd.published import published_loss
 
 GAMMA = 0.99
+SET: dict[str, Any] = {"k": 64, "top_p": 0.8}
 Dense = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -39,11 +40,18 @@ class Method:
     """of the logits of student and teacher ``[N, V]``, tokens and successor."""
     lm_weight: float = 0.0
     options: tuple[tuple[str, Any], ...] = ()
-    """of the op, beside ``k=64`` and ``top_p=0.8``."""
+    """of the op, beside ``SET``."""
 
     @property
     def needs_teacher(self) -> bool:
         return self.objective is not None or self.dense is not None
+
+    def select(self, teacher_hidden: Tensor, teacher: Head, tokens: Tensor) -> ops.ActionSet | None:
+        """The action sets of N rows; None for a method that has none."""
+        if self.objective is None:
+            return None
+        given = SET | {name: value for name, value in self.options if name in SET}
+        return ops.linear_select_actions(teacher_hidden, teacher.weight, **given, include=tokens)
 
     def loss(
         self,
@@ -53,18 +61,26 @@ class Method:
         teacher: Head,
         tokens: Tensor,
         successor: Tensor,
+        actions: ops.ActionSet | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        """The loss of N rows ``[N, H]``, and what there is to tell of it."""
+        """The loss of N rows ``[N, H]``, and what there is to tell of it.
+
+        ``actions``: what :meth:`select` made, as a cache would give it.
+        """
         total = hidden.new_zeros(())
         told: dict[str, float] = {}
         if self.objective is not None:
-            given = {"k": 64, "top_p": 0.8, "normaliser": "exact"} | dict(self.options)
+            given = SET | {"normaliser": "exact"} | dict(self.options)
+            if actions is None:
+                live = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher.weight}
+            else:
+                live = {"actions": actions}
+                given = {name: value for name, value in given.items() if name not in SET}
             out = ops.linear_td_loss(
                 hidden,
                 head.weight,
                 tokens,
-                teacher_hidden=teacher_hidden,
-                teacher_weight=teacher.weight,
+                **live,
                 successor=successor,
                 objective=self.objective,
                 gamma=GAMMA,
@@ -106,6 +122,8 @@ def published(student: Tensor, teacher: Tensor, tokens: Tensor, successor: Tenso
 KL = ForwardKL(tail=True)
 LOGIT = (("q", "logit"),)
 BATCH = (("normaliser", "batch"),)
+LAW = ("law", "student")
+P1 = (("top_p", 1.0), *BATCH, LAW)
 
 METHODS: dict[str, Method] = {
     # cloning
@@ -149,8 +167,29 @@ METHODS: dict[str, Method] = {
     ),
     # normalisers
     "kl-tail-batch": Method("forward KL with tail, log Z from 1024 columns", KL, options=BATCH),
-    "kl-tail-student": Method(
-        "the same by the student's law", KL, options=(*BATCH, ("law", "student"))
+    "kl-tail-student": Method("the same by the student's law", KL, options=(*BATCH, LAW)),
+    # the 64 likeliest tokens, whatever they hold, and log Z by the student's law
+    "kl-p1": Method("forward KL, top 64 and tail bucket", KL, options=P1),
+    "kl-p1-256": Method("forward KL, top 256 and tail bucket", KL, options=(*P1, ("k", 256))),
+    "rkl-p1": Method("reverse KL, top 64 and tail bucket", ReverseKL(tail=True), options=P1),
+    "jsd-p1": Method("JSD(0.5), top 64 and tail bucket", JSD(tail=True), options=P1),
+    "skew-p1": Method("skew KL 0.1, top 64 and tail bucket", SkewKL(tail=True), options=P1),
+    "tv-p1": Method("total variation, top 64 and tail", TotalVariation(tail=True), options=P1),
+    "kl-p1+tv": Method(
+        "forward KL + total variation, top 64 and tail", KL + TotalVariation(tail=True), options=P1
+    ),
+    "kl-p1+iq": Method(
+        "forward KL + 0.05 IQ-Learn chi2, alpha 2, stop-gradient, top 64",
+        KL + 0.05 * IQLearn(alpha=2.0, stop_gradient="next"),
+        options=P1,
+    ),
+    "kl-p1+iq-teacher": Method(
+        "forward KL + 0.5 IQ-Learn chi2, alpha 2, teacher's expectation, top 64",
+        KL + 0.5 * IQLearn(alpha=2.0, stop_gradient="next", expectation="teacher"),
+        options=P1,
+    ),
+    "kl-p1+soft": Method(
+        "forward KL + 0.1 soft TD, one step, top 64", KL + 0.1 * SoftTD(huber=1.0), options=P1
     ),
 }
 

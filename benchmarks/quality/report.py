@@ -42,23 +42,19 @@ def write(work: Path, output: Path) -> None:
     """``output``.json and .png, and a Markdown table on stdout."""
     output.parent.mkdir(parents=True, exist_ok=True)
     runs = results(work)
-    times = {}
-    if (work / "times.json").exists():
-        times = json.loads((work / "times.json").read_text())["seconds"]
-    for run in runs:
-        run["seconds_a_step"] = times.get(run["method"])
-    write_json(output.with_suffix(".json"), {**environment(), "runs": runs})
-    head = ["method", "start", "rate", "seed", "steps", "minutes", *SHOWN.values(), "Rouge-L"]
+    times = work / "times.json"
+    seconds = json.loads(times.read_text()) if times.exists() else None
+    write_json(output.with_suffix(".json"), {**environment(), "times": seconds, "runs": runs})
+    given = ("method", "teacher", "start", "rate", "seed", "minutes", "steps")
+    head = [*given, *SHOWN.values(), "Rouge-L"]
     print("| " + " | ".join(head) + " |")
     print("|" + "---|" * len(head))
     for run in runs:
         scores = run["scores"]
         values = [f"{scores[name]:.3f}" for name in SHOWN]
         rouge = f"{scores['rouge_l']['mean']:.3f} ± {half(scores['rouge_l']):.3f}"
-        given = [run["method"], run["start"], f"{run['rate']:g}", str(run["seed"])]
-        seconds = run["seconds_a_step"]
-        took = "" if seconds is None else f"{run['steps'] * seconds / 60:.1f}"
-        row = [*given, str(run["steps"]), took, *values, rouge]
+        told = ["" if run[name] is None else str(run[name]) for name in given]
+        row = [*told, *values, rouge]
         print("| " + " | ".join(row) + " |")
     picture(runs, output.with_suffix(".png"))
 

@@ -86,7 +86,7 @@ class Bench:
     def run(self, name: str, rate: float, seed: int, start: str) -> None:
         """One training and its scores, unless they are there."""
         method = with_lm("sft" if name == WARM else name)
-        steps = self.args.warm_steps if name == WARM else self.args.steps
+        steps = self.steps(name)
         title = self.title(name, rate, seed, start)
         folder = self.work / "runs" / title
         result = folder / "result.json"
@@ -108,7 +108,7 @@ class Bench:
         settings = {
             "method": name, "words": method.words, "rate": rate, "seed": seed, "start": start,
             "steps": steps, "batch": self.args.batch, "tokens": sum(x["tokens"] for x in log),
-            "needs_teacher": method.needs_teacher, "git": environment()["git"],
+            "minutes": self.args.minutes, "teacher": self.way(name), "git": environment()["git"],
         }  # fmt: skip
         losses = [x["loss"] for x in log]
         records.write_whole(result, {**settings, "scores": scores, "losses": losses})
@@ -116,11 +116,29 @@ class Bench:
             shutil.rmtree(folder / "model")
 
     def title(self, name: str, rate: float, seed: int, start: str) -> str:
-        steps = self.args.warm_steps if name == WARM else self.args.steps
-        return f"{name}-{rate:g}-{seed}-{start}-{steps}"
+        return f"{name}-{rate:g}-{seed}-{start}-{self.steps(name)}"
+
+    def way(self, name: str) -> str:
+        """How a method comes by its teacher: none, live, or cache where it can."""
+        method = with_lm("sft" if name == WARM else name)
+        if not method.needs_teacher:
+            return "none"
+        return "live" if method.objective is None else self.args.teacher
+
+    def steps(self, name: str) -> int:
+        """``--steps``, or what the method gets done in ``--minutes``."""
+        if name == WARM:
+            return self.args.warm_steps
+        if self.args.minutes is None:
+            return self.args.steps
+        seconds = records.read_json(self.work / "times.json")["seconds"]
+        if name not in seconds:
+            raise SystemExit(f"minutes: expected the time of a step of {name}; run --time first")
+        way = "cache" if self.way(name) == "cache" else "live"
+        return round(60 * self.args.minutes / seconds[name][way])
 
     def time(self, names: list[str]) -> None:
-        """Seconds a step of every method, measured once on an idle machine."""
+        """Seconds a step of every method, measured in one run on an idle machine."""
         methods = {name: with_lm(name) for name in names}
         seconds = seconds_a_step(
             self.student(WARM), self.teacher, self.train, methods, size=self.args.batch
@@ -155,7 +173,7 @@ class Bench:
                 records.write_whole(
                     result,
                     {"method": name, "words": name, "rate": 0.0, "seed": 0, "start": start,
-                     "steps": 0, "batch": 0, "tokens": 0, "needs_teacher": False,
+                     "steps": 0, "batch": 0, "tokens": 0, "minutes": None, "teacher": "none",
                      "scores": scores, "losses": []},
                 )  # fmt: skip
 
@@ -181,6 +199,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--starts", nargs="+", choices=["cold", WARM], default=[WARM])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument(
+        "--minutes", type=float, help="of training, in place of --steps: by the times of --time"
+    )
+    parser.add_argument("--teacher", choices=["cache", "live"], default="cache")
     parser.add_argument("--warm-steps", type=int, default=60)
     parser.add_argument("--warm-rate", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=16, help="sequences a step")
