@@ -82,10 +82,8 @@ def lines(path: str | Path, argument: str) -> Iterator[tuple[int, Record]]:
     Raises:
         UserError: the file is missing or cannot be read, or a line is no JSON object.
     """
-    path = Path(path)
+    path = check_file(path, argument)
     try:
-        if not path.is_file():
-            raise UserError(f"{argument}: expected a JSONL file, got {path}, which is no file")
         # bytes end at \n alone: text may hold line separators of Unicode
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -95,6 +93,18 @@ def lines(path: str | Path, argument: str) -> Iterator[tuple[int, Record]]:
         raise UserError(
             f"{argument}: expected a JSONL file to read, got {path}: {error.strerror or error}"
         ) from error
+
+
+def check_file(path: str | Path, argument: str) -> Path:
+    """Refuses what is no file.
+
+    Raises:
+        UserError: it is a folder, or not there.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{argument}: expected a JSONL file, got {path}, which is no file")
+    return path
 
 
 def _parse(line: bytes, number: int, path: Path, argument: str) -> Record:

@@ -45,6 +45,8 @@ try:
     from transformers import PreTrainedModel
     from trl import SFTConfig, SFTTrainer
     from trl.models.utils import _ForwardRedirection
+
+    from tdkd.cache import Cache, Collator
 except (ImportError, RuntimeError) as error:  # lazy modules raise the latter
     raise missing(error) from error
 
@@ -71,6 +73,16 @@ class TDConfig(SFTConfig):
 
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Directory of the teacher."}
+    )
+    teacher: str = field(
+        default="live",
+        metadata={
+            "help": "Where action sets come from: a 'live' model, or the 'cache' that tdkd cache "
+            "made."
+        },
+    )
+    teacher_cache: str | None = field(
+        default=None, metadata={"help": "Folder of the cache, with teacher: cache."}
     )
     action_top_k: int = field(default=64, metadata={"help": "Cap of an action set."})
     action_top_p: float = field(
@@ -143,6 +155,7 @@ class TDConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         choices = {
+            "teacher": ("live", "cache"),
             "q_level": get_args(ops.Level),
             "normaliser": get_args(ops.Normaliser),
             "batch_vocabulary_law": ("student", "uniform"),
@@ -167,6 +180,16 @@ class TDConfig(SFTConfig):
             "student_temperature": (self.student_temperature > 0, "> 0"),
             "teacher_temperature": (self.teacher_temperature > 0, "> 0"),
         }
+        if (self.teacher == "cache") != (self.teacher_cache is not None):
+            raise UserError(
+                "teacher_cache: expected a folder with teacher: cache, and none otherwise, got "
+                f"{self.teacher_cache} with teacher: {self.teacher}"
+            )
+        if self.teacher == "cache" and self.teacher_model_name_or_path is not None:
+            raise UserError(
+                "teacher_model_name_or_path: expected none with teacher: cache, got "
+                f"{self.teacher_model_name_or_path}"
+            )
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise UserError(
                 "loss_type: expected 'nll' and no label_smoothing_factor, got "
@@ -232,7 +255,9 @@ class TDTrainer(SFTTrainer):
 
     Args:
         model: the student, or its directory.
-        teacher_model: the teacher, or its directory; None takes the one that ``args`` name.
+        teacher_model: the teacher, or its directory; None takes the one that ``args`` name, which
+            may be a cache of its action sets. A cache brings its own data, without
+            ``train_dataset``; given, it must be (a part of) :meth:`tdkd.cache.Cache.dataset`.
         args: a :class:`TDConfig`.
         objective: any objective of :mod:`tdkd.objectives` or a function of ``Rows``, in place of
             the one that ``args`` describe.
@@ -266,6 +291,13 @@ class TDTrainer(SFTTrainer):
                     "never run, got True"
                 )
             args.model_init_kwargs = options
+        self._cache: Cache | None = None
+        if args.teacher == "cache":
+            if teacher_model is not None:
+                raise UserError("teacher_model: expected none with teacher: cache, got a model")
+            self._cache = _opened_cache(args)
+            if trainer.get("train_dataset") is None:
+                trainer["train_dataset"] = self._cache.dataset()
         super().__init__(model=model, args=args, **trainer)
         # the losses below honour num_items_in_batch, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
@@ -280,10 +312,30 @@ class TDTrainer(SFTTrainer):
         self._compile(student)
         self._eos = eos_token_ids(student, self._tokenizer)
         self.teacher: nn.Module | None = None
-        if self.objective is not None:
+        if self._cache is not None:
+            self._read(self._cache, lm_head(student))
+        elif self.objective is not None:
             self.teacher = self._prepared_teacher(teacher_model, lm_head(student), args)
+        if self.objective is not None:
             rule = ops.routes(self.accelerator.device.type)
             logger.info("heads: normaliser %s; %s", args.normaliser, rule)
+
+    def _read(self, cache: Cache, student: Head) -> None:
+        """Makes batches carry the sets of a cache."""
+        cache.check_tokenizer(self._tokenizer, "processing_class")
+        columns = student.weight.shape[0] if self.args.vocab_size is None else self.args.vocab_size
+        if cache.manifest.vocab_size > columns:
+            raise UserError(
+                f"model: expected a vocabulary of at least the {cache.manifest.vocab_size} tokens "
+                f"of {cache.path}, got {columns}"
+            )
+        collator = Collator(self.data_collator, cache)  # type: ignore[has-type]
+        self.data_collator = collator
+        for given in (self.train_dataset, self.eval_dataset):
+            for dataset in given.values() if isinstance(given, dict) else [given]:
+                if dataset is not None:
+                    # says at once where examples are of another origin
+                    collator([next(iter(dataset))])
 
     def _prepared_teacher(
         self, given: str | PreTrainedModel | None, student: Head, args: TDConfig
@@ -366,7 +418,8 @@ class TDTrainer(SFTTrainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         args: TDConfig = self.args
         labels = inputs["labels"]
-        forwarded = {name: value for name, value in inputs.items() if name != "labels"}
+        ours = ("labels", "action_ids", "action_log_probs")
+        forwarded = {name: value for name, value in inputs.items() if name not in ours}
         tokens = labels[:, 1:]
         keep, successor = response_rows(tokens, self._eos)
         taken = tokens.reshape(-1)[keep]
@@ -386,13 +439,17 @@ class TDTrainer(SFTTrainer):
             loss = loss + args.lm_weight * lm_loss / items
             metrics["lm_loss"] = lm_loss.detach() / max(1, taken.numel())
         if self.objective is not None:
-            assert self.teacher is not None
-            with torch.no_grad():
-                teacher_hidden = rows(self.teacher)
-            teacher = lm_head(self._unwrapped(self.teacher))
-            out = self._td_loss(
-                hidden, head, teacher_hidden, teacher, taken, successor, num_items_in_batch
-            )
+            if self._cache is None:
+                assert self.teacher is not None
+                with torch.no_grad():
+                    teacher_hidden = rows(self.teacher)
+                teacher = self._live(teacher_hidden, lm_head(self._unwrapped(self.teacher)))
+            else:
+                parts = (inputs[name][:, 1:].flatten(0, 1)[keep] for name in ours[1:])
+                ids, log_probs = parts
+                count = (ids >= 0).sum(-1).int()
+                teacher = {"actions": ops.ActionSet(ids, log_probs, count)}
+            out = self._td_loss(hidden, head, teacher, taken, successor, num_items_in_batch)
             loss = loss + out.loss
             metrics.update(
                 diagnostics(
@@ -405,12 +462,25 @@ class TDTrainer(SFTTrainer):
             )
         return loss, metrics
 
+    def _live(self, hidden: Tensor, head: Head) -> dict[str, Any]:
+        """What :func:`tdkd.ops.linear_td_loss` takes of a live teacher."""
+        args: TDConfig = self.args
+        return {
+            "teacher_hidden": hidden,
+            "teacher_weight": head.weight,
+            "teacher_bias": head.bias,
+            "teacher_temperature": args.teacher_temperature,
+            "teacher_softcap": head.softcap,
+            "teacher_logit_scale": head.logit_scale,
+            "k": args.action_top_k,
+            "top_p": args.action_top_p,
+        }
+
     def _td_loss(
         self,
         hidden: Tensor,
         head: Head,
-        teacher_hidden: Tensor,
-        teacher: Head,
+        teacher: dict[str, Any],
         tokens: Tensor,
         successor: Tensor,
         num_items_in_batch: Tensor | int | None,
@@ -421,35 +491,21 @@ class TDTrainer(SFTTrainer):
             hidden,
             head.weight,
             tokens,
-            teacher_hidden=teacher_hidden,
-            teacher_weight=teacher.weight,
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            temperature=args.student_temperature,
+            **teacher,
+            objective=self.objective,
+            q=args.q_level,  # type: ignore[arg-type]
+            gamma=args.gamma,
             normaliser=args.normaliser,  # type: ignore[arg-type]
             extra=args.batch_vocabulary_extra,
             law="student" if args.batch_vocabulary_law == "student" else None,
-            bias=head.bias,
-            teacher_bias=teacher.bias,
+            vocab_size=args.vocab_size,
             successor=successor,
             num_items_in_batch=num_items_in_batch,
-            **self._td_options(head, teacher),
         )
-
-    def _td_options(self, head: Head, teacher: Head) -> dict[str, Any]:
-        """What :func:`tdkd.ops.td_loss` takes as well."""
-        args: TDConfig = self.args
-        return {
-            "objective": self.objective,
-            "q": args.q_level,
-            "k": args.action_top_k,
-            "top_p": args.action_top_p,
-            "gamma": args.gamma,
-            "temperature": args.student_temperature,
-            "teacher_temperature": args.teacher_temperature,
-            "softcap": head.softcap,
-            "logit_scale": head.logit_scale,
-            "teacher_softcap": teacher.softcap,
-            "teacher_logit_scale": teacher.logit_scale,
-            "vocab_size": args.vocab_size,
-        }
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._aside or super()._get_output_dir(trial)
@@ -530,6 +586,16 @@ class TDTrainer(SFTTrainer):
             if name == "value" and self.model.training:
                 self._drift.see(recorded[name][0])
         super().log(logs, start_time)
+
+
+def _opened_cache(args: TDConfig) -> Cache:
+    """The cache, if its sets are those that the configuration asks for."""
+    cache = Cache(args.teacher_cache or "")
+    for name in ("action_top_k", "action_top_p", "teacher_temperature"):
+        kept, wanted = getattr(cache.manifest, name), getattr(args, name)
+        if kept != wanted:
+            raise UserError(f"{name}: expected {kept} as in {cache.path}, got {wanted}")
+    return cache
 
 
 def response_rows(tokens: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ def test_a_truncated_answer_has_no_end(tmp_path, tiny_student):
     cut, whole = ({**RECORDS[0], "truncated": truncated} for truncated in (True, False))
     data.write_text("".join(json.dumps(record) + "\n" for record in (cut, whole)))
     config = TDConfig(output_dir=str(tmp_path), max_length=64)
-    loaded = distill._dataset(str(data), "train_file", tokenizer, config)
+    loaded = distill.load_data(str(data), "train_file", tokenizer, config.max_length)
     first, second = loaded[0]["labels"], loaded[1]["labels"]
     assert second == [*first, tokenizer.eos_token_id]
     assert tokenizer.eos_token_id not in first

@@ -66,6 +66,69 @@ def _generate(
     )
 
 
+@app.command("cache")
+def _cache(
+    output: Annotated[
+        str | None, typer.Option(help="folder to write; goes on where it was left")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="directory of the teacher")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="JSONL of prompt and completion, or of messages")
+    ] = None,
+    served: Annotated[
+        str | None,
+        typer.Option(help="in place of both: JSONL of what a serving engine returned"),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="directory of the student's, beside --served")
+    ] = None,
+    action_top_k: Annotated[int, typer.Option(help="cap of an action set")] = 64,
+    action_top_p: Annotated[
+        float, typer.Option(help="teacher probability that a set must reach")
+    ] = 0.8,
+    teacher_temperature: Annotated[float, typer.Option(help="divides the teacher's logits")] = 1.0,
+    max_length: Annotated[int, typer.Option(help="tokens of an example")] = 1024,
+    tail: Annotated[bool, typer.Option(help="keep the mass outside each set")] = True,
+    log_probs: Annotated[str, typer.Option(help="float16, or bfloat16")] = "float16",
+    model_dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16: the teacher's weights")
+    ] = "float32",
+    batch_size: Annotated[int, typer.Option(help="sequences at a time")] = 16,
+    shard_examples: Annotated[int, typer.Option(help="examples of a file")] = 1024,
+    device: Annotated[
+        str | None, typer.Option(help="torch device; without it a GPU where there is one")
+    ] = None,
+    verify: Annotated[
+        str | None, typer.Option(help="only compare a cache with its checksums")
+    ] = None,
+) -> None:
+    """Keep a teacher's action sets on disk, for students to learn from (teacher: cache)."""
+    from tdkd.cli import cache
+
+    if verify is not None:
+        cache.verify(verify)
+        return
+    if output is None:
+        raise UserError("output: expected a folder to write, got none")
+    cache.run(
+        model=model,
+        data=data,
+        served=served,
+        tokenizer=tokenizer,
+        output=output,
+        action_top_k=action_top_k,
+        action_top_p=action_top_p,
+        teacher_temperature=teacher_temperature,
+        max_length=max_length,
+        tail=tail,
+        log_probs=log_probs,
+        model_dtype=model_dtype,
+        batch_size=batch_size,
+        shard_examples=shard_examples,
+        device=device,
+    )
+
+
 @app.command("evaluate")
 def _evaluate(
     model: Annotated[str, typer.Option(help="directory of the student")],

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from tdkd import checkpoints, records
+from tdkd.cache import Cache
 from tdkd.cli.console import console
 from tdkd.errors import UserError
 from tdkd.models import check_model_path, load_model, load_tokenizer
@@ -46,8 +47,6 @@ def run(args: list[str]) -> None:
     data, config, model = _parse(args)
     if model.model_name_or_path is None:
         raise UserError("model_name_or_path: expected the student's directory, got none")
-    if data.train_file is None:
-        raise UserError("train_file: expected a JSONL file, got none")
     check_model_path(model.model_name_or_path, "model_name_or_path")
     if config.teacher_model_name_or_path is not None:
         check_model_path(config.teacher_model_name_or_path, "teacher_model_name_or_path")
@@ -59,10 +58,24 @@ def run(args: list[str]) -> None:
     if last is not None:
         checkpoints.check(last, checkpoints.NEEDED if _alone(config) else [checkpoints.STATE])
     tokenizer = load_tokenizer(model.model_name_or_path, argument="model_name_or_path")
-    train = _dataset(data.train_file, "train_file", tokenizer, config)
-    held_out = None
-    if data.eval_file is not None:
-        held_out = _dataset(data.eval_file, "eval_file", tokenizer, config)
+    train = held_out = None
+    if config.teacher == "cache":
+        if data.eval_file is not None:
+            raise UserError(
+                "eval_file: expected none with teacher: cache, which has no sets for it, got "
+                f"{data.eval_file}"
+            )
+        if data.train_file is not None:
+            records.check_file(data.train_file, "train_file")
+            Cache(config.teacher_cache or "", verify=False).check_data(
+                data.train_file, "train_file"
+            )
+    else:
+        if data.train_file is None:
+            raise UserError("train_file: expected a JSONL file, got none")
+        train = load_data(data.train_file, "train_file", tokenizer, config.max_length)
+        if data.eval_file is not None:
+            held_out = load_data(data.eval_file, "eval_file", tokenizer, config.max_length)
     # logits do not exist, so that evaluation can only give losses
     config.prediction_loss_only = True
 
@@ -160,8 +173,8 @@ def _kind(value: Any) -> str:
     return "null" if value is None else f"a value such as {str(value)[:40]!r}"
 
 
-def _dataset(
-    path: str, argument: str, tokenizer: PreTrainedTokenizerBase, config: TDConfig
+def load_data(
+    path: str, argument: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> Dataset:
     """Records for TRL, which tokenises them; those that say ``truncated`` are tokenised here.
 
@@ -196,7 +209,7 @@ def _dataset(
         )
 
     def tokens(record: dict[str, Any]) -> dict[str, list[int]]:
-        encoded = records.encode(record, tokenizer, config.max_length or 1 << 30)
+        encoded = records.encode(record, tokenizer, max_length or 1 << 30)
         ids = [*encoded.prompt, *encoded.completion]
         return {"input_ids": ids, "labels": [-100] * len(encoded.prompt) + encoded.completion}
 

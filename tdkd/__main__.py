@@ -1,0 +1,5 @@
+"""``python -m tdkd`` is ``tdkd``: what launchers of many processes want."""
+
+from tdkd.cli import main
+
+main()

@@ -1,0 +1,470 @@
+"""A teacher's action sets on disk: made once, read by any number of students.
+
+A cache is a folder of shards in Arrow's stream format (``datasets.Dataset.from_file`` opens one)
+and ``manifest.json``, which is written last. A row of a shard is an example:
+
+==============  ====================================================================
+``input_ids``   its tokens
+``mask``        which of them are learned from: the taken tokens of its states
+``count``       members of the set of each state
+``ids``         members of all its states, one after the other
+``log_probs``   their full-vocabulary log-probabilities, nats
+``log_tail``    log of the mass outside each set, where it is kept
+==============  ====================================================================
+
+Ids take two bytes in vocabularies of up to 65,536 tokens, else four; log-probabilities two. States
+are numbered through the whole cache. :meth:`Cache.dataset` gives examples whose *labels* are those
+numbers (-100 elsewhere): what truncates, packs or shuffles labels carries the sets along, and
+:class:`Collator` puts tokens and sets in their place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tdkd import records
+from tdkd.errors import UserError, missing
+from tdkd.types import ActionSet
+
+try:
+    import pyarrow as pa
+    from datasets import Dataset, IterableDataset
+except (ImportError, RuntimeError) as error:  # lazy modules raise the latter
+    raise missing(error) from error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+DTYPES = ("float16", "bfloat16")
+LOWEST = float(np.finfo(np.float16).min)
+"""Log-probabilities below it are kept as it."""
+Array = npt.NDArray[Any]
+
+
+class Example(NamedTuple):
+    """The tokens of an example, and the sets of its states, one after the other."""
+
+    input_ids: Array
+    """``[T]``."""
+    mask: Array
+    """bool ``[T]``: S tokens that are learned from; never the first, which no state precedes."""
+    count: Array  # type: ignore[assignment]  # hides tuple.count
+    """``[S]``."""
+    ids: Array
+    """``[sum of count]``."""
+    log_probs: Array
+    """float32 ``[sum of count]``, nats."""
+    log_tail: Array
+    """float32 ``[S]``, nats; -inf where the set holds everything."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is in a cache, and of whom."""
+
+    format: int
+    teacher: dict[str, Any]
+    """``name`` and ``sha256``: of its files, or None where a server was asked."""
+    tokenizer: str
+    """sha256 of what turns text into tokens: :func:`tokenizer_hash`."""
+    data: dict[str, Any]
+    """``name`` and ``sha256`` of the file."""
+    vocab_size: int
+    action_top_k: int
+    action_top_p: float
+    teacher_temperature: float
+    max_length: int | None
+    dtype: str
+    tail: bool
+    examples: int
+    tokens: int
+    states: int
+    members: int
+    bytes: int
+    shards: list[dict[str, Any]]
+    """``file``, ``sha256``, ``bytes``, and the numbers above, of each."""
+
+    @property
+    def bytes_a_state(self) -> float:
+        return self.bytes / max(1, self.states)
+
+
+def write_shard(
+    folder: Path, number: int, examples: list[Example], *, vocab_size: int, dtype: str, tail: bool
+) -> dict[str, Any]:
+    """One shard and its checksum, each whole or not at all; what the manifest says of it."""
+    id_type = pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
+    half = pa.float16() if dtype == "float16" else pa.uint16()
+    columns = {
+        "input_ids": _lists([x.input_ids for x in examples], id_type),
+        "mask": _lists([x.mask for x in examples], pa.bool_()),
+        "count": _lists([x.count for x in examples], pa.uint16()),
+        "ids": _lists([x.ids for x in examples], id_type),
+        "log_probs": _lists([_halved(x.log_probs, dtype) for x in examples], half),
+    }
+    if tail:
+        columns["log_tail"] = _lists([_halved(x.log_tail, dtype) for x in examples], half)
+    table = pa.table(columns)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    content = sink.getvalue().to_pybytes()
+    path = folder / shard_name(number)
+    records.write_whole(path, content)
+    told = {
+        "file": path.name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "examples": len(examples),
+        "tokens": sum(len(x.input_ids) for x in examples),
+        "states": sum(len(x.count) for x in examples),
+        "members": sum(len(x.ids) for x in examples),
+    }
+    records.write_whole(path.with_suffix(".json"), told)
+    return told
+
+
+def shard_name(number: int) -> str:
+    return f"sets-{number:05d}.arrow"
+
+
+def finished(folder: Path, number: int) -> dict[str, Any] | None:
+    """What :func:`write_shard` told of a shard that is there, None of one that is not, or is no
+    longer what it was."""
+    path = folder / shard_name(number)
+    if not path.exists() or not path.with_suffix(".json").exists():
+        return None
+    told: dict[str, Any] = records.read_json(path.with_suffix(".json"))
+    return told if _sha256(path) == told["sha256"] else None
+
+
+def write_manifest(folder: Path, shards: list[dict[str, Any]], **settings: Any) -> Manifest:
+    """Makes a cache of shards that are there."""
+    sums = {
+        name: sum(shard[name] for shard in shards)
+        for name in ("examples", "tokens", "states", "members", "bytes")
+    }
+    manifest = Manifest(format=FORMAT, shards=shards, **settings, **sums)
+    records.write_whole(folder / MANIFEST, asdict(manifest))
+    return manifest
+
+
+class Cache:
+    """A cache on disk, memory-mapped.
+
+    Args:
+        path: its folder.
+        verify: read all of it once, and compare checksums.
+        argument: what an error calls it.
+    Raises:
+        UserError: there is no finished cache, or a file is not the one that was written.
+    """
+
+    def __init__(
+        self, path: str | Path, *, verify: bool = True, argument: str = "teacher_cache"
+    ) -> None:
+        self.path = Path(path)
+        self.argument = argument
+        place = self.path / MANIFEST
+        if not place.is_file():
+            raise UserError(
+                f"{argument}: expected a folder that tdkd cache has finished, got {path} without "
+                f"{MANIFEST}"
+            )
+        given = records.read_json(place)
+        if given.get("format") != FORMAT:
+            raise UserError(
+                f"{argument}: expected format {FORMAT} in {place}, got {given.get('format')}"
+            )
+        self.manifest = Manifest(**given)
+        for shard in self.manifest.shards:
+            file = self.path / shard["file"]
+            size = file.stat().st_size if file.is_file() else None
+            if size != shard["bytes"] or (verify and _sha256(file) != shard["sha256"]):
+                got = "no such file" if size is None else f"{size} bytes of another checksum"
+                raise UserError(
+                    f"{argument}: expected the {shard['bytes']} bytes of {file} that the manifest "
+                    f"names, got {got}; run tdkd cache again"
+                )
+        self._starts = np.cumsum([0, *(shard["states"] for shard in self.manifest.shards)])
+        self._open: dict[int, _Shard] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a worker maps the files itself
+        return {**self.__dict__, "_open": {}}
+
+    def __len__(self) -> int:
+        return self.manifest.examples
+
+    def dataset(self, *, streaming: bool = False) -> Dataset | IterableDataset:
+        """Examples with ``input_ids`` and ``labels``, which number the states.
+
+        Tokens stay on disk, labels take 4 bytes a token in memory (8 from 2^31 states on).
+
+        Args:
+            streaming: an iterable data set, which holds one shard's labels at a time and has as
+                many shards as the cache.
+        """
+        numbers = list(range(len(self.manifest.shards)))
+        if streaming:
+            return IterableDataset.from_generator(self._examples, gen_kwargs={"shards": numbers})
+        table = pa.concat_tables([self._table(number) for number in numbers])
+        name = json.dumps([shard["sha256"] for shard in self.manifest.shards])
+        # or datasets would read all of it to name it
+        return Dataset(table, fingerprint=hashlib.sha256(name.encode()).hexdigest()[:16])
+
+    def sets(self, states: Array) -> ActionSet:
+        """The action sets of numbered states, ``[n, k]``; empty where a number is negative."""
+        k = self.manifest.action_top_k
+        ids = np.full((len(states), k), -1, np.int32)
+        log_probs = np.full((len(states), k), -np.inf, np.float32)
+        for shard, at, local in self._found(states):
+            ids[at], log_probs[at] = shard.sets(local, k)
+        held = torch.from_numpy(ids)
+        return ActionSet(held, torch.from_numpy(log_probs), (held >= 0).sum(-1).int())
+
+    def tokens(self, states: Array) -> Array:
+        """The taken token of each state, ``[n]``; -100 where a number is negative."""
+        tokens = np.full(len(states), -100, np.int64)
+        for shard, at, local in self._found(states):
+            tokens[at] = shard.tokens(local)
+        return tokens
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, argument: str) -> None:
+        """Refuses a tokenizer that is not the one of the cache.
+
+        Raises:
+            UserError: it makes other tokens.
+        """
+        got = tokenizer_hash(tokenizer)
+        if got != self.manifest.tokenizer:
+            raise UserError(
+                f"{argument}: expected the tokenizer that {self.path} was made with "
+                f"({self.manifest.tokenizer[:12]}), got another one ({got[:12]})"
+            )
+
+    def check_data(self, file: str | Path, argument: str) -> None:
+        """Refuses a data file that is not the one of the cache.
+
+        Raises:
+            UserError: its content is another.
+        """
+        data = self.manifest.data
+        if _sha256(Path(file)) != data["sha256"]:
+            raise UserError(
+                f"{argument}: expected the content of {data['name']} as {self.path} was made from "
+                f"({data['sha256'][:12]}), got {file} with another"
+            )
+
+    def _found(self, states: Array) -> Iterator[tuple[_Shard, Array, Array]]:
+        """Shards, where their states stand among the given ones, and their numbers there."""
+        if len(states) and states.max() >= self._starts[-1]:
+            raise UserError(
+                f"train_dataset: expected labels that number the {self._starts[-1]} states of "
+                f"{self.path}, got {states.max()}; take the examples of Cache.dataset()"
+            )
+        owner = np.searchsorted(self._starts, states, side="right") - 1
+        for number in np.unique(owner[states >= 0]):
+            at = np.flatnonzero((owner == number) & (states >= 0))
+            yield self._shard(int(number)), at, states[at] - self._starts[number]
+
+    def _shard(self, number: int) -> _Shard:
+        if number not in self._open:
+            shard = self.manifest.shards[number]
+            self._open[number] = _Shard(self.path / shard["file"], self.manifest.dtype)
+        return self._open[number]
+
+    def _table(self, number: int) -> pa.Table:
+        """``input_ids`` and ``labels`` of a shard's examples."""
+        whole = self._shard(number).table.select(["input_ids", "mask"])
+        mask = whole["mask"].chunk(0)
+        taken = mask.values.to_numpy(zero_copy_only=False)
+        small = self._starts[-1] < 1 << 31
+        labels = np.full(len(taken), -100, np.int32 if small else np.int64)
+        labels[taken] = self._starts[number] + np.arange(taken.sum())
+        column = pa.ListArray.from_arrays(mask.offsets, pa.array(labels))
+        return whole.drop_columns(["mask"]).append_column("labels", column)
+
+    def _examples(self, shards: list[int]) -> Iterator[dict[str, Any]]:
+        for number in shards:
+            yield from self._table(number).to_pylist()
+
+
+class _Shard:
+    """One file, mapped."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        self.dtype = dtype
+
+    def sets(self, states: Array, k: int) -> tuple[Array, Array]:
+        """``[n, k]`` ids and log-probabilities."""
+        starts, counts = self._spans(states)
+        slot = np.arange(k)
+        held = slot < counts[:, None]
+        place = (starts[:, None] + slot)[held]
+        ids = np.full(held.shape, -1, np.int32)
+        ids[held] = self._values("ids")[place]
+        log_probs = np.full(held.shape, -np.inf, np.float32)
+        log_probs[held] = self._single(self._values("log_probs")[place])
+        tail = None
+        if "log_tail" in self.table.column_names:
+            tail = self._single(self._values("log_tail")[states])
+        return ids, _normalised(log_probs, tail)
+
+    def tokens(self, states: Array) -> Array:
+        """``[n]``."""
+        mask, where = self.table["mask"].chunk(0).values, self._offsets("mask")
+        every = self._values("input_ids")
+        tokens = np.empty(len(states), np.int64)
+        for example, at, local in self._by_example(states):
+            first, size = where[example], where[example + 1] - where[example]
+            taken = mask.slice(first, size).to_numpy(zero_copy_only=False)
+            tokens[at] = every[first + np.flatnonzero(taken)[local]]
+        return tokens
+
+    def _spans(self, states: Array) -> tuple[Array, Array]:
+        """First member and number of members of each state."""
+        counts, where = self._values("count"), self._offsets("count")
+        members = self._offsets("ids")
+        starts = np.empty(len(states), np.int64)
+        for example, at, local in self._by_example(states):
+            ends = np.cumsum(counts[where[example] : where[example + 1]], dtype=np.int64)
+            starts[at] = members[example] + np.concatenate([[0], ends[:-1]])[local]
+        return starts, counts[states].astype(np.int64)
+
+    def _by_example(self, states: Array) -> Iterator[tuple[int, Array, Array]]:
+        """Examples, where their states stand among the given ones, and their numbers there."""
+        where = self._offsets("count")
+        owner = np.searchsorted(where, states, side="right") - 1
+        for example in np.unique(owner):
+            at = np.flatnonzero(owner == example)
+            yield int(example), at, states[at] - where[example]
+
+    def _values(self, name: str) -> Array:
+        return self.table[name].chunk(0).values.to_numpy()
+
+    def _offsets(self, name: str) -> Array:
+        return self.table[name].chunk(0).offsets.to_numpy()
+
+    def _single(self, half: Array) -> Array:
+        if self.dtype == "float16":
+            return half.astype(np.float32)
+        return (half.astype(np.uint32) << 16).view(np.float32)
+
+
+class Collator:
+    """Batches of a cache's examples: tokens as labels, and the sets of their states.
+
+    Args:
+        inner: what collates ``input_ids`` and ``labels``.
+        cache: whose states the labels number.
+    """
+
+    def __init__(self, inner: Any, cache: Cache) -> None:
+        self.inner = inner
+        self.cache = cache
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """As ``inner``, with ``action_ids`` int32 and ``action_log_probs`` float32 ``[B, T, k]``:
+        the set from which the token at each place was taken.
+
+        Raises:
+            UserError: the examples are not of this cache.
+        """
+        batch: dict[str, Any] = self.inner(examples)
+        states: Tensor = batch["labels"]
+        flat = states.reshape(-1).numpy()
+        labels = torch.from_numpy(self.cache.tokens(flat)).view_as(states)
+        if not torch.where(labels >= 0, labels == batch["input_ids"], True).all():
+            raise UserError(
+                f"train_dataset: expected examples of {self.cache.path}, got others; take those of "
+                "Cache.dataset()"
+            )
+        actions = self.cache.sets(flat)
+        batch["labels"] = labels
+        batch["action_ids"] = actions.ids.view(*states.shape, -1)
+        batch["action_log_probs"] = actions.log_probs.view(*states.shape, -1)
+        return batch
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of the parts of a fast tokenizer that make tokens of text, and of its end token.
+
+    How it pads and truncates is left out, and so is the chat template: a cache holds tokens.
+    """
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core.pop("truncation", None)
+    core.pop("padding", None)
+    core["eos"] = tokenizer.eos_token_id
+    return hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()
+
+
+def folder_hash(folder: Path) -> str:
+    """sha256 of a model's configuration and weights: of names, sizes and both ends of each file."""
+    digest = hashlib.sha256()
+    ends = 1 << 20
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(ends))
+            file.seek(max(0, size - ends))
+            digest.update(file.read(ends))
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"expected to read {path}, got {error.strerror or os.strerror(error.errno or 0)}"
+        ) from error
+
+
+def _lists(values: list[Array], kind: pa.DataType) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, values)])
+    flat = np.concatenate(values) if values else np.empty(0)
+    # numpy's half is Arrow's; a cast of wider integers would refuse what does not fit
+    numbers = flat.astype(kind.to_pandas_dtype())
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(numbers, kind))
+
+
+def _halved(values: Array, dtype: str) -> Array:
+    """Two bytes each, rounded to nearest; bfloat16 as its bits."""
+    finite = np.where(np.isneginf(values), values, np.maximum(values, LOWEST))
+    if dtype == "float16":
+        return finite.astype(np.float16)
+    bits = torch.from_numpy(finite.astype(np.float32)).bfloat16().view(torch.int16)
+    return bits.numpy().view(np.uint16)
+
+
+def _normalised(log_probs: Array, log_tail: Array | None) -> Array:
+    """Log-probabilities that add up to one with the tail, or to no more than one without it.
+
+    Rounding moves the mass of a set by more than what a sure teacher leaves outside it.
+    """
+    with np.errstate(divide="ignore"):
+        total = np.exp(log_probs.astype(np.float64)).sum(-1)
+        if log_tail is None:
+            excess = np.log(np.maximum(total, 1.0))
+        else:
+            excess = np.log(total + np.exp(log_tail.astype(np.float64)))
+    held = total > 0
+    excess = np.where(held, excess, 0.0)
+    return (log_probs - excess[:, None]).astype(np.float32)

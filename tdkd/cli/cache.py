@@ -1,0 +1,317 @@
+"""tdkd cache: a teacher's action sets on a data set, for students to learn from."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from tdkd import cache, logprobs, ops, records
+from tdkd.cli.console import console, progress_bar
+from tdkd.cli.distill import load_data
+from tdkd.errors import UserError
+from tdkd.models import Head, check_device, last_hidden_state, lm_head, load_model, load_tokenizer
+
+SETTINGS = "settings.json"
+"""What a cache that is not finished was begun with."""
+
+
+def run(
+    *,
+    model: str | None,
+    data: str | None,
+    served: str | None,
+    tokenizer: str | None,
+    output: str,
+    action_top_k: int,
+    action_top_p: float,
+    teacher_temperature: float,
+    max_length: int,
+    tail: bool,
+    log_probs: str,
+    model_dtype: str,
+    batch_size: int,
+    shard_examples: int,
+    device: str | None,
+) -> None:
+    """The command; every argument is an option of ``tdkd cache``."""
+    records.check_at_least(
+        1,
+        action_top_k=action_top_k,
+        max_length=max_length,
+        batch_size=batch_size,
+        shard_examples=shard_examples,
+    )
+    if not 0 < action_top_p <= 1:
+        raise UserError(f"action-top-p: expected a number in (0, 1], got {action_top_p}")
+    if not teacher_temperature > 0:
+        raise UserError(f"teacher-temperature: expected a number > 0, got {teacher_temperature}")
+    if log_probs not in cache.DTYPES:
+        raise UserError(f"log-probs: expected one of {', '.join(cache.DTYPES)}, got {log_probs!r}")
+    shared = {
+        "action_top_k": action_top_k,
+        "action_top_p": action_top_p,
+        "teacher_temperature": teacher_temperature,
+        "max_length": max_length,
+        "dtype": log_probs,
+        "tail": tail,
+    }
+    folder = Path(output)
+    if served is not None:
+        if model is not None or data is not None:
+            raise UserError("served: expected neither --model nor --data beside it, got one")
+        if tokenizer is None:
+            raise UserError("tokenizer: expected the directory of the student's, got none")
+        if teacher_temperature != 1:
+            raise UserError(
+                "teacher-temperature: expected 1 beside --served, whose log-probabilities are what "
+                f"they are, got {teacher_temperature}"
+            )
+        _of_a_server(Path(served), load_tokenizer(tokenizer, chat=True), folder, shared)
+        return
+    if model is None or data is None:
+        raise UserError("model: expected --model and --data, or --served, got neither")
+    processes = _processes(device)
+    teacher_tokenizer = load_tokenizer(model)
+    prepared = _examples(data, teacher_tokenizer, max_length)
+    teacher = load_model(
+        model, dtype=_dtype(model_dtype), device=processes.device, argument="model"
+    )
+    head = lm_head(teacher)
+    settings = {
+        **shared,
+        "teacher": {"name": Path(model).name, "sha256": cache.folder_hash(Path(model))},
+        "tokenizer": cache.tokenizer_hash(teacher_tokenizer),
+        "data": _data(Path(data)),
+        "vocab_size": head.weight.shape[0],
+    }
+    begun = {**settings, "shard_examples": shard_examples}
+    if processes.is_main_process:
+        _begin(folder, begun)
+    processes.wait_for_everyone()
+    made = _Sets(teacher, head, teacher_tokenizer, settings, batch_size)
+    starts = range(0, len(prepared), shard_examples)
+    mine = list(enumerate(starts))[processes.process_index :: processes.num_processes]
+    began, states = time.perf_counter(), 0
+    with progress_bar() as progress:
+        task = progress.add_task("examples", total=len(prepared))
+        for number, start in mine:
+            chosen = range(start, min(start + shard_examples, len(prepared)))
+            if cache.finished(folder, number) is not None:
+                progress.update(task, advance=len(chosen))
+                continue
+            examples = made(
+                prepared.select(chosen), lambda size: progress.update(task, advance=size)
+            )
+            told = _write(folder, number, examples, settings)
+            states += told["states"]
+    seconds = time.perf_counter() - began
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        rate = f", {states / seconds:,.0f} states a second in this process" if states else ""
+        _finish(folder, len(starts), settings, rate)
+
+
+def verify(path: str) -> None:
+    """``tdkd cache --verify PATH``: every file against its checksum."""
+    _tell(cache.Cache(path, argument="verify"), "")
+
+
+class _Sets:
+    """The teacher's sets of tokenised examples."""
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        head: Head,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: dict[str, Any],
+        batch_size: int,
+    ) -> None:
+        self.teacher, self.head, self.batch_size = teacher, head, batch_size
+        self.pad = tokenizer.pad_token_id
+        self.options = {
+            "k": settings["action_top_k"],
+            "top_p": settings["action_top_p"],
+            "temperature": settings["teacher_temperature"],
+            "bias": head.bias,
+            "softcap": head.softcap,
+            "logit_scale": head.logit_scale,
+        }
+
+    def __call__(self, examples: Dataset, advance: Callable[[int], object]) -> list[cache.Example]:
+        rows = [(torch.tensor(x["input_ids"]), torch.tensor(x["labels"])) for x in examples]
+        # neighbours of one length waste no padding
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+        done: dict[int, cache.Example] = {}
+        for first in range(0, len(order), self.batch_size):
+            chosen = order[first : first + self.batch_size]
+            done.update(zip(chosen, self._batch([rows[i] for i in chosen]), strict=True))
+            advance(len(chosen))
+        return [done[i] for i in range(len(rows))]
+
+    @torch.inference_mode()
+    def _batch(self, rows: list[tuple[Tensor, Tensor]]) -> Iterator[cache.Example]:
+        ids, labels = (
+            pad_sequence([row[i] for row in rows], batch_first=True, padding_value=value)
+            for i, value in enumerate((self.pad, -100))
+        )
+        sizes = torch.tensor([len(row) for row, _ in rows])
+        mask = torch.arange(ids.shape[1]) < sizes[:, None]
+        keep = labels != -100
+        # no state precedes the first token
+        keep[:, 0] = False
+        device = self.head.weight.device
+        hidden = last_hidden_state(
+            self.teacher, input_ids=ids.to(device), attention_mask=mask.long().to(device)
+        )
+        states = keep[:, 1:].to(device)
+        actions = ops.linear_select_actions(
+            hidden[:, :-1][states], self.head.weight,
+            include=ids[:, 1:].to(device)[states], **self.options,
+        )  # fmt: skip
+        log_probs, members = actions.log_probs.cpu(), actions.ids.cpu()
+        # float32 knows the mass outside to its epsilon
+        outside = 1 - log_probs.double().exp().sum(-1)
+        tail = outside.clamp(min=torch.finfo(torch.float32).eps).log()
+        first = 0
+        for (tokens, _), kept in zip(rows, keep, strict=True):
+            here = slice(first, first + int(kept.sum()))
+            first = here.stop
+            held = members[here] >= 0
+            yield cache.Example(
+                input_ids=tokens.numpy(),
+                mask=kept[: len(tokens)].numpy(),
+                count=held.sum(-1).numpy(),
+                ids=members[here][held].numpy(),
+                log_probs=log_probs[here][held].numpy(),
+                log_tail=tail[here].numpy(),
+            )
+
+
+def _examples(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """``input_ids`` and ``labels`` as TRL's trainer would make them of the file."""
+    config = SFTConfig(
+        max_length=max_length, shuffle_dataset=False, report_to="none", bf16=False, use_cpu=True
+    )
+    loaded = load_data(path, "data", tokenizer, config.max_length)
+    columns = set(loaded.column_names)
+    trainer = SimpleNamespace(
+        _tokenizer=tokenizer,
+        chat_template=None,
+        completion_only_loss={"prompt", "completion"} <= columns,
+    )
+    prepared = SFTTrainer._prepare_dataset(
+        trainer, loaded, tokenizer, config, packing=False, formatting_func=None, dataset_name="data"
+    )
+    if not len(prepared):
+        raise UserError(
+            f"data: expected an example whose response begins within {max_length} tokens, got none"
+        )
+    return prepared
+
+
+def _of_a_server(
+    path: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, shared: dict[str, Any]
+) -> None:
+    """A cache of the log-probabilities that a serving engine returned."""
+    settings = {
+        **shared,
+        "teacher": {"name": logprobs.model_name(path), "sha256": None},
+        "tokenizer": cache.tokenizer_hash(tokenizer),
+        "data": _data(path),
+        "vocab_size": len(tokenizer),
+    }
+    _begin(folder, settings)
+    examples = logprobs.read(
+        path, tokenizer, k=shared["action_top_k"], top_p=shared["action_top_p"],
+        max_length=shared["max_length"],
+    )  # fmt: skip
+    number, part = 0, []
+    for example in examples:
+        part.append(example)
+        if len(part) == 1024:
+            _write(folder, number, part, settings)
+            number, part = number + 1, []
+    if part or not number:
+        _write(folder, number, part, settings)
+        number += 1
+    _finish(folder, number, settings, "")
+
+
+def _write(
+    folder: Path, number: int, part: list[cache.Example], settings: dict[str, Any]
+) -> dict[str, Any]:
+    how = {name: settings[name] for name in ("vocab_size", "dtype", "tail")}
+    return cache.write_shard(folder, number, part, **how)
+
+
+def _begin(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuses to go on with what was begun otherwise."""
+    records.check_directory(folder, "output")
+    place = folder / SETTINGS
+    if place.exists():
+        before = records.read_json(place)
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"{name.replace('_', '-')}: expected {before.get(name)!r} as in {place}, got "
+                    f"{value!r}; choose another --output to start afresh"
+                )
+    elif any(folder.iterdir()):
+        raise UserError(f"output: expected a new folder or one of tdkd cache, got {folder}")
+    else:
+        records.write_whole(place, settings)
+
+
+def _finish(folder: Path, shards: int, settings: dict[str, Any], rate: str) -> None:
+    told = [cache.finished(folder, number) for number in range(shards)]
+    lost = [cache.shard_name(number) for number, x in enumerate(told) if x is None]
+    if lost:
+        raise UserError(f"output: expected {', '.join(lost)} in {folder}, got none; run it again")
+    cache.write_manifest(folder, [x for x in told if x is not None], **settings)
+    _tell(cache.Cache(folder, verify=False, argument="output"), rate)
+
+
+def _tell(made: cache.Cache, rate: str) -> None:
+    what = made.manifest
+    console.print(
+        f"{made.path}: {what.examples:,} examples, {what.states:,} states, "
+        f"{what.members / max(1, what.states):.1f} members a set, {what.bytes:,} bytes: "
+        f"{what.bytes_a_state:.0f} a state, tokens included (DistillKit: 114 to 300){rate}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _data(path: Path) -> dict[str, str]:
+    return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _processes(device: str | None) -> PartialState:
+    """This process among those that `accelerate launch` started, each with its own device."""
+    if device is None:
+        return PartialState()
+    check_device(device)
+    state = PartialState(cpu=device == "cpu")
+    if state.num_processes == 1:
+        state.device = torch.device(device)
+    return state
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise UserError(f"model-dtype: expected one of {', '.join(known)}, got {name!r}")
+    return known[name]

@@ -1,0 +1,447 @@
+"""tdkd cache: what goes in comes out, through kills, packing and shuffling; students learn from it
+what they learn from the live teacher."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tdkd import cache as caches
+from tdkd import cli, ops
+from tdkd.cache import Cache, Collator, Example
+from tdkd.cli import distill
+from tdkd.errors import UserError
+from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer
+from tdkd.trainer import TDConfig, TDTrainer
+
+WORDS = ["one two", "red", "a b c d e", "why?", "north by east", "0123", "tick tock", "zig"]
+K, P = 6, 0.9
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def records(n=11):
+    return [
+        {
+            "prompt": [{"role": "user", "content": WORDS[i % 8]}],
+            "completion": [{"role": "assistant", "content": WORDS[(3 * i + 1) % 8]}],
+        }
+        for i in range(n)
+    ]
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def run(output, *, model=None, data=None, **options):
+    from tdkd.cli import cache
+
+    given = {
+        "served": None, "tokenizer": None, "action_top_k": K, "action_top_p": P,
+        "teacher_temperature": 1.0, "max_length": 64, "tail": True, "log_probs": "float16",
+        "model_dtype": "float32", "batch_size": 2, "shard_examples": 4, "device": "cpu",
+    }  # fmt: skip
+    cache.run(
+        output=str(output), model=model and str(model), data=data and str(data),
+        **{**given, **options},
+    )  # fmt: skip
+    return Cache(output)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "train.jsonl", records())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_teacher, data):
+    return run(tmp_path_factory.mktemp("cache") / "c", model=tiny_teacher, data=data)
+
+
+def live_sets(teacher, ids, states, temperature=1.0):
+    """The sets of the places of one sequence, by the reference in float64."""
+    model = load_model(str(teacher))
+    head = lm_head(model)
+    with torch.inference_mode():
+        hidden = last_hidden_state(
+            model, input_ids=ids[None], attention_mask=torch.ones(1, len(ids))
+        )
+    before = hidden[0, states - 1].double()
+    return ops.linear_select_actions(
+        before, head.weight.double(), K, P, include=ids[states], temperature=temperature,
+        impl="reference",
+    )  # fmt: skip
+
+
+def test_sets_are_those_of_the_live_teacher(made, tiny_teacher):
+    """Ids are equal; rounding to two bytes moves a log-probability by what the docs say."""
+    unit = 2.0**-11
+    dataset = made.dataset()
+    assert len(dataset) == len(made) == 11
+    states = 0
+    for example in dataset:
+        ids, labels = torch.tensor(example["input_ids"]), torch.tensor(example["labels"])
+        where = (labels >= 0).nonzero().squeeze(-1)
+        numbers = labels[where].numpy()
+        assert (made.tokens(numbers) == ids[where].numpy()).all()
+        got, expected = made.sets(numbers), live_sets(tiny_teacher, ids, where)
+        assert torch.equal(got.ids, expected.ids)
+        assert torch.equal(got.count, expected.count)
+        wanted = torch.where(got.valid, expected.log_probs, 0.0)
+        tail = 1 - expected.mass
+        entropy = -(expected.mass * 0 + (wanted.exp() * wanted * got.valid).sum(-1))
+        entropy = entropy - torch.xlogy(tail.clamp(min=0), tail.clamp(min=1e-12))
+        bound = 1.02 * unit * (wanted.abs() + entropy[:, None]) + 2e-6
+        off = (torch.where(got.valid, got.log_probs, 0.0).double() - wanted).abs()
+        assert (off <= bound).all()
+        assert off.max() > 0
+        # the tail is as good as the rest, however small
+        rest = torch.log1p(-got.log_probs.double().exp().sum(-1))
+        assert ((rest - tail.log()).abs() < 1e-2 + unit * tail.log().abs()).all()
+        states += len(where)
+    assert states == made.manifest.states
+    assert made.manifest.members == sum(
+        int(made.sets(np.arange(i, i + 1)).count) for i in range(states)
+    )
+
+
+def test_tokens_are_those_that_the_trainer_makes(made, tmp_path, tiny_teacher, tiny_student, data):
+    tokenizer = load_tokenizer(tiny_student)
+    loaded = distill.load_data(str(data), "train_file", tokenizer, 64)
+    live = TDTrainer(
+        load_model(tiny_student), str(tiny_teacher), config(tmp_path), train_dataset=loaded,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    cached = made.dataset()
+    for ours, theirs in zip(cached, live.train_dataset, strict=True):
+        assert ours["input_ids"] == theirs["input_ids"]
+        learned = [x if y >= 0 else -100 for x, y in zip(*_columns(ours), strict=True)]
+        assert learned == theirs["labels"]
+
+
+def _columns(example):
+    return example["input_ids"], example["labels"]
+
+
+@pytest.mark.parametrize("log_probs", ["float16", "bfloat16"])
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("vocab_size", [300, 70_000])
+def test_ragged_sets_come_back(tmp_path, log_probs, tail, vocab_size):
+    """Empty sets, whole rows, ids beyond two bytes, log-probabilities beyond a half's range."""
+    rng = np.random.default_rng(0)
+    examples, sets = [], []
+    for size in (1, 7, 30):
+        mask = rng.random(size) < 0.7
+        mask[0] = False
+        counts = rng.integers(0, 6, mask.sum())
+        own = []
+        for count in counts:
+            log_probs_of = np.sort(rng.normal(-3, 1, count) - np.log(6))[::-1]
+            own.append((rng.choice(vocab_size, count, replace=False), log_probs_of))
+        if own and size == 30:
+            own[0] = (np.array([vocab_size - 1, 3]), np.array([-1e-5, -1e6]))
+            counts[0] = 2
+        sets += own
+        with np.errstate(divide="ignore"):
+            tails = np.log([max(0.0, 1 - np.exp(x).sum()) for _, x in own])
+        examples.append(
+            Example(
+                rng.integers(0, vocab_size, size), mask, counts,
+                np.concatenate([i for i, _ in own] or [np.empty(0, int)]),
+                np.concatenate([x for _, x in own] or [np.empty(0)]).astype(np.float32),
+                tails.astype(np.float32) if own else np.empty(0, np.float32),
+            )
+        )  # fmt: skip
+    told = caches.write_shard(
+        tmp_path, 0, examples, vocab_size=vocab_size, dtype=log_probs, tail=tail
+    )
+    caches.write_manifest(
+        tmp_path, [told], teacher={}, tokenizer="", data={}, vocab_size=vocab_size,
+        action_top_k=7, action_top_p=1.0, teacher_temperature=1.0, max_length=None,
+        dtype=log_probs, tail=tail,
+    )  # fmt: skip
+    read = Cache(tmp_path)
+    order = rng.permutation(len(sets))
+    got = read.sets(np.array([*order, -1, -100]))
+    assert got.count[-2:].tolist() == [0, 0]
+    assert got.ids.shape == (len(sets) + 2, 7)
+    unit = 2.0**-11 if log_probs == "float16" else 2.0**-8
+    for row, number in enumerate(order):
+        ids, wanted = sets[number]
+        count = len(ids)
+        assert got.ids[row, :count].tolist() == ids.tolist()
+        assert (got.ids[row, count:] == -1).all()
+        assert (got.log_probs[row, count:] == -torch.inf).all()
+        off = np.abs(got.log_probs[row, :count].numpy() - np.maximum(wanted, caches.LOWEST))
+        assert (off <= 2 * unit * (np.abs(np.maximum(wanted, caches.LOWEST)) + 2)).all()
+    assert (got.mass <= 1 + 1e-6).all()
+    taken = np.concatenate([x.input_ids[x.mask] for x in examples])
+    assert (read.tokens(order) == taken[order]).all()
+
+
+def config(path, **options):
+    defaults = {
+        "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1,
+        "save_strategy": "no", "report_to": "none", "gradient_checkpointing": False,
+        "disable_tqdm": True, "use_cpu": True, "normaliser": "exact", "action_top_k": K,
+        "action_top_p": P, "seed": 0, "optim": "sgd",
+    }  # fmt: skip
+    return TDConfig(output_dir=str(path), **{**defaults, **options})
+
+
+def cached_trainer(path, student, cache, data=None, eval_dataset=None, **options):
+    return TDTrainer(
+        load_model(student),
+        args=config(path, teacher="cache", teacher_cache=str(cache.path), **options),
+        train_dataset=data,
+        eval_dataset=eval_dataset,
+        processing_class=load_tokenizer(student),
+    )
+
+
+LAYOUTS = {
+    "padded": {},
+    "short": {"max_length": 24},
+    "end": {"max_length": 24, "truncation_mode": "keep_end"},
+    "packed": {"packing": True, "max_length": 60, "attn_implementation": True},
+    "wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 40},
+    "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_student_learns_what_it_learns_from_the_live_teacher(
+    made, tmp_path, tiny_teacher, tiny_student, data, layout
+):
+    """The same parameters after two steps, but for what two bytes cannot hold of a probability."""
+    options = dict(LAYOUTS[layout])
+    if options.pop("attn_implementation", False):
+        options["padding_free"] = False
+    tokenizer = load_tokenizer(tiny_student)
+    live = TDTrainer(
+        load_model(tiny_student), str(tiny_teacher), config(tmp_path / "live", **options),
+        train_dataset=distill.load_data(str(data), "train_file", tokenizer, 64),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    cached = cached_trainer(tmp_path / "cached", tiny_student, made, **options)
+    assert cached.teacher is None
+    before = [p.detach().clone() for p in live.model.parameters()]
+    if layout in ("short", "end", "wrapped"):
+        # a live teacher sees the cut text, the cache kept sets of the whole one
+        _same_tokens(live, cached)
+        cached.train()
+        assert all(np.isfinite(entry.get("loss", 0.0)) for entry in cached.state.log_history)
+        return
+    live.train()
+    cached.train()
+    moved = off = 0.0
+    for old, a, b in zip(before, live.model.parameters(), cached.model.parameters(), strict=True):
+        moved = max(moved, (a.detach() - old).abs().max().item())
+        off = max(off, (a - b).detach().abs().max().item())
+    assert moved > 1e-4
+    assert off < 2.0**-10 * moved
+
+
+def _same_tokens(live, cached):
+    for a, b in zip(live.get_train_dataloader(), cached.get_train_dataloader(), strict=True):
+        assert torch.equal(a["input_ids"], b["input_ids"])
+        assert torch.equal(a["labels"], b["labels"])
+        held = b["labels"] >= 0
+        assert (b["action_ids"][held] == b["labels"][held][:, None]).any(-1).all()
+        assert (b["action_ids"][~held] == -1).all()
+
+
+def test_shuffling_filtering_and_streaming_carry_the_sets(made):
+    def collect(examples):
+        return sum(examples, [])
+
+    whole = {tuple(x["labels"]): x for x in made.dataset()}
+    moved = made.dataset().shuffle(seed=3).filter(lambda x: len(x["input_ids"]) % 2)
+    assert 0 < len(moved) < len(whole)
+    streamed = list(made.dataset(streaming=True))
+    assert len(streamed) == len(whole)
+    inner = lambda examples: {  # noqa: E731
+        name: torch.tensor(collect([x[name] for x in examples])) for name in examples[0]
+    }
+    collate = pickle.loads(pickle.dumps(Collator.__new__(Collator)))
+    collate.inner, collate.cache = inner, pickle.loads(pickle.dumps(made))
+    for x in [*moved, *streamed]:
+        assert whole[tuple(x["labels"])]["input_ids"] == x["input_ids"]
+        batch = collate([x])
+        numbers = np.array(x["labels"])
+        expected = made.sets(numbers)
+        assert torch.equal(batch["action_ids"], expected.ids)
+        assert torch.equal(batch["action_log_probs"], expected.log_probs)
+
+
+def test_evaluation_on_a_part_that_is_held_out(made, tmp_path, tiny_student):
+    parts = made.dataset().train_test_split(3, seed=0)
+    run_ = cached_trainer(
+        tmp_path, tiny_student, made, parts["train"], parts["test"],
+        eval_strategy="steps", eval_steps=1, prediction_loss_only=True,
+    )  # fmt: skip
+    run_.train()
+    assert [x["eval_loss"] for x in run_.state.log_history if "eval_loss" in x][-1] > 0
+
+
+def test_what_is_done_is_not_done_again(tmp_path, tiny_teacher, data, monkeypatch):
+    """A killed run leaves whole shards, and what it left goes on to the same bytes."""
+    whole = run(tmp_path / "whole", model=tiny_teacher, data=data)
+    write_shard, made = caches.write_shard, []
+
+    def killed(folder, number, *args, **kwargs):
+        if number == 2:
+            (folder / "sets-00002.arrow.tmp").write_bytes(b"torn")
+            raise KeyboardInterrupt
+        made.append(number)
+        return write_shard(folder, number, *args, **kwargs)
+
+    monkeypatch.setattr(caches, "write_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", model=tiny_teacher, data=data)
+    assert made == [0, 1]
+    with pytest.raises(UserError, match="expected a folder that tdkd cache has finished"):
+        Cache(tmp_path / "cut")
+    # one that was damaged meanwhile is made again
+    (tmp_path / "cut" / "sets-00001.arrow").write_bytes(b"damaged")
+    made.clear()
+    monkeypatch.setattr(
+        caches, "write_shard", lambda f, n, *a, **k: made.append(n) or write_shard(f, n, *a, **k)
+    )
+    cut = run(tmp_path / "cut", model=tiny_teacher, data=data)
+    assert made == [1, 2]
+    assert cut.manifest == whole.manifest
+
+
+def test_processes_share_the_work(tmp_path, tiny_teacher, data):
+    alone = run(tmp_path / "alone", model=tiny_teacher, data=data)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+        "-m", "tdkd", "cache", "--model", str(tiny_teacher), "--data", str(data), "--output",
+        str(tmp_path / "both"), "--action-top-k", str(K), "--action-top-p", str(P),
+        "--max-length", "64", "--batch-size", "2", "--shard-examples", "4", "--device", "cpu",
+    ]  # fmt: skip
+    told = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr[-2000:]
+    assert Cache(tmp_path / "both").manifest == alone.manifest
+
+
+def test_another_teacher_or_option_does_not_go_on(tmp_path, tiny_teacher, tiny_student, data):
+    run(tmp_path / "c", model=tiny_teacher, data=data)
+    with pytest.raises(UserError, match=r"action-top-k: expected 6 as in .*, got 5; choose"):
+        run(tmp_path / "c", model=tiny_teacher, data=data, action_top_k=5)
+    with pytest.raises(UserError, match=r"teacher: expected .*; choose another --output"):
+        run(tmp_path / "c", model=tiny_student, data=data)
+    other = write(tmp_path / "other.jsonl", records(3))
+    with pytest.raises(UserError, match=r"data: expected .*; choose another --output"):
+        run(tmp_path / "c", model=tiny_teacher, data=other)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="output: expected a new folder or one of tdkd cache"):
+        run(tmp_path / "full", model=tiny_teacher, data=data)
+
+
+def test_damage_is_found(tmp_path, tiny_teacher, data, capsys):
+    made = run(tmp_path / "c", model=tiny_teacher, data=data)
+    from tdkd.cli import cache
+
+    cache.verify(str(made.path))
+    assert "11 examples" in capsys.readouterr().err
+    file = made.path / "sets-00001.arrow"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"verify: expected the \d+ bytes .*another checksum"):
+        cache.verify(str(made.path))
+    Cache(made.path, verify=False)
+    file.write_bytes(content[:-1])
+    with pytest.raises(UserError, match="teacher_cache: expected the .* bytes"):
+        Cache(made.path, verify=False)
+    file.unlink()
+    with pytest.raises(UserError, match="got no such file"):
+        Cache(made.path, verify=False)
+    manifest = json.loads((made.path / "manifest.json").read_text())
+    (made.path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(UserError, match="expected format 1 in .*, got 99"):
+        Cache(made.path)
+
+
+def test_other_data_tokenizers_and_sets_are_refused(made, tmp_path, tiny_student):
+    with pytest.raises(UserError, match="action_top_p: expected 0.9 as in .*, got 0.5"):
+        cached_trainer(tmp_path, tiny_student, made, action_top_p=0.5)
+    with pytest.raises(UserError, match="teacher_cache: expected a folder with teacher: cache"):
+        config(tmp_path, teacher="cache")
+    with pytest.raises(UserError, match="teacher_cache: expected a folder with teacher: cache"):
+        config(tmp_path, teacher_cache="somewhere")
+    with pytest.raises(UserError, match="teacher_model_name_or_path: expected none with teacher"):
+        config(tmp_path, teacher="cache", teacher_cache="x", teacher_model_name_or_path="somewhere")
+    with pytest.raises(UserError, match="teacher_model: expected none with teacher: cache"):
+        TDTrainer(
+            load_model(tiny_student), load_model(tiny_student),
+            config(tmp_path, teacher="cache", teacher_cache=str(made.path)),
+        )  # fmt: skip
+    plain = made.dataset().map(lambda x: {"labels": x["labels"][1:] + [-100]})
+    with pytest.raises(UserError, match="train_dataset: expected examples of .*, got others"):
+        cached_trainer(tmp_path, tiny_student, made, plain)
+    beyond = made.dataset().map(lambda x: {"labels": [10**6] * len(x["input_ids"])})
+    with pytest.raises(UserError, match="train_dataset: expected labels that number the 93 states"):
+        cached_trainer(tmp_path, tiny_student, made, beyond)
+    tokenizer = load_tokenizer(tiny_student)
+    made.check_tokenizer(tokenizer, "processing_class")
+    tokenizer.add_tokens(["novel"])
+    with pytest.raises(UserError, match="processing_class: expected the tokenizer that"):
+        made.check_tokenizer(tokenizer, "processing_class")
+
+
+def test_distill_from_a_cache(made, tmp_path, tiny_student, data):
+    flags = [
+        "--model_name_or_path", str(tiny_student), "--teacher", "cache", "--teacher_cache",
+        str(made.path), "--output_dir", str(tmp_path / "out"), "--max_steps", "2",
+        "--per_device_train_batch_size", "3", "--report_to", "none", "--save_strategy", "no",
+        "--gradient_checkpointing", "false", "--action_top_k", str(K), "--action_top_p", str(P),
+        "--logging_steps", "1",
+    ]  # fmt: skip
+    other = write(tmp_path / "other.jsonl", records(3))
+    with pytest.raises(UserError, match="train_file: expected the content of train.jsonl"):
+        distill.run([*flags, "--train_file", str(other)])
+    with pytest.raises(UserError, match="eval_file: expected none with teacher: cache"):
+        distill.run([*flags, "--eval_file", str(other)])
+    distill.run([*flags, "--train_file", str(data)])
+    log = json.loads((tmp_path / "out" / "log.json").read_text())
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
+    assert log[0]["set_size"] > 1
+
+
+def test_options_are_refused_by_name(tmp_path, tiny_teacher, data, capsys):
+    for flags, words in {
+        ("--action-top-k", "0"): "action-top-k: expected a number >= 1, got 0",
+        ("--action-top-p", "1.5"): "action-top-p: expected a number in (0, 1], got 1.5",
+        ("--teacher-temperature", "0"): "teacher-temperature: expected a number > 0, got 0",
+        ("--log-probs", "int8"): "log-probs: expected one of float16, bfloat16, got 'int8'",
+        ("--model-dtype", "int8"): "model-dtype: expected one of",
+        ("--max-length", "2"): "data: expected an example whose response begins within 2 tokens",
+        ("--served", "x"): "served: expected neither --model nor --data",
+    }.items():
+        sys.argv = [
+            "tdkd", "cache", "--model", str(tiny_teacher), "--data", str(data), "--output",
+            str(tmp_path / "c"), "--device", "cpu", *flags,
+        ]  # fmt: skip
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert words in capsys.readouterr().err
+    sys.argv = ["tdkd", "cache", "--output", str(tmp_path / "c")]
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "model: expected --model and --data, or --served" in capsys.readouterr().err
