@@ -348,7 +348,8 @@ def td_loss(
         check: refuse ids out of range and rows without a usable logit, at the price of a host sync.
         impl: "auto", "reference" or "fused" (raises where no kernel exists).
     Returns:
-        ``TDOutput(loss, q, value, td_error, actions)``; all but ``actions`` are differentiable.
+        ``TDOutput(loss, q, value, td_error, actions, entropy)``; the first four are
+        differentiable.
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, or shapes do not fit.
@@ -753,7 +754,7 @@ def linear_td_loss(
         bias: the student's head bias ``(V,)``; ``teacher_bias`` is the teacher's.
         objective: as in :func:`td_loss`, and so are the others.
     Returns:
-        ``TDOutput(loss, q, value, td_error, actions)``.
+        ``TDOutput(loss, q, value, td_error, actions, entropy)``.
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, shapes do not fit, or both or neither of a live
@@ -995,8 +996,8 @@ def _td_output(
     divisor: Tensor | float,
 ) -> TDOutput:
     loss = terms.loss.view(lead) if reduction == "none" else terms.loss.sum() / divisor
-    q, value, td_error = (term.view(lead) for term in terms[1:])
-    return TDOutput(loss, q, value, td_error, actions)
+    q, value, td_error, entropy = (term.view(lead) for term in terms[1:])
+    return TDOutput(loss, q, value, td_error, actions, entropy)
 
 
 def _accumulated(x: Tensor) -> Tensor:
