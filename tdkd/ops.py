@@ -835,7 +835,7 @@ def linear_td_loss(
     # rows that are no states have no say in which columns exist, nor in the head's gradient, where
     # a NaN of theirs would survive as 0 * NaN
     here = state.unsqueeze(-1)
-    flat = torch.where(here, student_hidden, 0.0)
+    flat = student_hidden if _all_states(state) else torch.where(here, student_hidden, 0.0)
     flat = flat.reshape(tokens.numel(), student_hidden.shape[-1])
     used = actions._replace(ids=torch.where(here, actions.ids, -1))
     objective = IQLearn() if objective is None else objective
@@ -879,6 +879,12 @@ def linear_td_loss(
     linear_rows = _linear_rows_of(impl, flat, weight, rows.ids.shape[-1])
     terms = rows(*linear_rows(flat, weight, bias, rows.ids, scale, vocabulary))
     return _td_output(terms, actions, lead, reduction, divisor)
+
+
+def _all_states(state: Tensor) -> bool:
+    """Whether no row has to be masked, which spares a copy; False where asking would cost a host
+    sync."""
+    return not (state.is_cuda or torch.compiler.is_compiling()) and bool(state.all())
 
 
 def _in_forward(rows: TDRows, hidden: Tensor, weight: Tensor) -> bool:
