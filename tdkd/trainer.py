@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tdkd import checkpoints, ops
+from tdkd import bootstrap, checkpoints, ops
 from tdkd.diagnostics import Drift, diagnostics
 from tdkd.errors import UserError, missing
 from tdkd.lm_loss import lm_cross_entropy
@@ -127,6 +127,24 @@ class TDConfig(SFTConfig):
     td_stop_gradient: bool = field(
         default=True, metadata={"help": "Keep gradients out of the value of the next state."}
     )
+    target_network: str = field(
+        default="none",
+        metadata={
+            "help": "Whose V' is the target of a state: the student's own ('none'), or that of an "
+            "exponential moving average of the student ('ema')."
+        },
+    )
+    target_decay: float = field(
+        default=0.99, metadata={"help": "Share of the average that each of its updates keeps."}
+    )
+    target_every: int = field(
+        default=1,
+        metadata={"help": "Optimizer steps from one update to the next; copies, at decay 0."},
+    )
+    value_head: bool = field(
+        default=False,
+        metadata={"help": "Learn a level v(s) for Q: one vector, added to Q and V of its state."},
+    )
     lm_weight: float = field(
         default=0.0, metadata={"help": "Weight of the cross-entropy on the response tokens."}
     )
@@ -149,6 +167,7 @@ class TDConfig(SFTConfig):
             "imitation": get_args(Imitation),
             "td_phi": tuple(PHIS),
             "td_expectation": ("token", "teacher"),
+            "target_network": ("none", "ema"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -163,6 +182,8 @@ class TDConfig(SFTConfig):
             "imitation_weight": (self.imitation_weight >= 0, ">= 0"),
             "td_weight": (self.td_weight >= 0, ">= 0"),
             "td_alpha": (self.td_alpha > 0, "> 0"),
+            "target_decay": (0 <= self.target_decay < 1, "in [0, 1)"),
+            "target_every": (self.target_every >= 1, ">= 1"),
             "lm_weight": (self.lm_weight >= 0, ">= 0"),
             "student_temperature": (self.student_temperature > 0, "> 0"),
             "teacher_temperature": (self.teacher_temperature > 0, "> 0"),
@@ -270,14 +291,27 @@ class TDTrainer(SFTTrainer):
         # the losses below honour num_items_in_batch, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
         self.objective = args.build_objective() if objective is None else objective
+        extras: dict[str, Any] = {
+            "target_network": args.target_network,
+            "value_head": args.value_head,
+        }
+        bootstrap.check_of_use(self.objective, gamma=args.gamma, **extras)
         self._drift = Drift()
         self._redirect = _ForwardRedirection()
         student = self._unwrapped(self.model)
         # weights that are sharded from the start cannot run without their wrapper
         self._whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        bootstrap.check_whole(self._whole, **extras)
         if self._whole:
             check_head(student)
         self._compile(student)
+        if args.value_head:
+            bootstrap.add_value_head(student, lm_head(student).weight.shape[1])
+        self.target: bootstrap.TargetNetwork | None = None
+        if args.target_network == "ema":
+            self.target = bootstrap.TargetNetwork(student, args.target_decay, args.target_every)
+            self._compile(self.target.network)
+            self.add_callback(self.target)
         self._eos = eos_token_ids(student, self._tokenizer)
         self.teacher: nn.Module | None = None
         if self.objective is not None:
@@ -390,8 +424,22 @@ class TDTrainer(SFTTrainer):
             with torch.no_grad():
                 teacher_hidden = rows(self.teacher)
             teacher = lm_head(self._unwrapped(self.teacher))
+            extras: dict[str, Any] = {}
+            if args.value_head:
+                extras["state_value"] = bootstrap.state_value(student, hidden)
+            if self.target is not None:
+                with torch.no_grad():
+                    slow = rows(self.target.network)
+                    extras |= self._target(slow, teacher_hidden, teacher, taken, successor)
             out = self._td_loss(
-                hidden, head, teacher_hidden, teacher, taken, successor, num_items_in_batch
+                hidden,
+                head,
+                teacher_hidden,
+                teacher,
+                taken,
+                successor,
+                num_items_in_batch,
+                **extras,
             )
             loss = loss + out.loss
             metrics.update(
@@ -401,6 +449,7 @@ class TDTrainer(SFTTrainer):
                     successor,
                     log_prob=args.q_level == "log_prob",
                     gamma=args.gamma,
+                    state_value=extras.get("state_value"),
                 )
             )
         return loss, metrics
@@ -414,24 +463,72 @@ class TDTrainer(SFTTrainer):
         tokens: Tensor,
         successor: Tensor,
         num_items_in_batch: Tensor | int | None,
+        **extras: Any,
     ) -> ops.TDOutput:
-        """The objective on the response rows ``[N]``, from ``[N, H]`` hidden states and heads."""
-        args: TDConfig = self.args
+        """The objective on the response rows ``[N]``, from ``[N, H]`` hidden states and heads;
+        ``extras`` may hold the sets, in place of the live teacher, and what only a target network
+        and a value head know."""
+        given: dict[str, Any] = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher.weight}
         return ops.linear_td_loss(
             hidden,
             head.weight,
             tokens,
-            teacher_hidden=teacher_hidden,
-            teacher_weight=teacher.weight,
-            normaliser=args.normaliser,  # type: ignore[arg-type]
-            extra=args.batch_vocabulary_extra,
-            law="student" if args.batch_vocabulary_law == "student" else None,
             bias=head.bias,
             teacher_bias=teacher.bias,
             successor=successor,
             num_items_in_batch=num_items_in_batch,
+            **({} if "actions" in extras else given),
+            **self._normaliser_options(),
             **self._td_options(head, teacher),
+            **extras,
         )
+
+    def _target(
+        self,
+        hidden: Tensor,
+        teacher_hidden: Tensor,
+        teacher: Head,
+        tokens: Tensor,
+        successor: Tensor,
+    ) -> dict[str, Any]:
+        """The teacher's sets, and the target network's V of them: what :meth:`_td_loss` takes."""
+        assert self.target is not None
+        args: TDConfig = self.args
+        actions = ops.linear_select_actions(
+            teacher_hidden,
+            teacher.weight,
+            args.action_top_k,
+            args.action_top_p,
+            bias=teacher.bias,
+            temperature=args.teacher_temperature,
+            softcap=teacher.softcap,
+            logit_scale=teacher.logit_scale,
+            include=tokens,
+            vocab_size=args.vocab_size,
+        )
+        head = lm_head(self.target.network)
+        # of its loss nothing is wanted: the cheapest one
+        options = {**self._td_options(head, teacher), "objective": IQLearn()}
+        out = ops.linear_td_loss(
+            hidden,
+            head.weight,
+            tokens,
+            actions=actions,
+            bias=head.bias,
+            successor=successor,
+            state_value=bootstrap.state_value(self.target.network, hidden),
+            **self._normaliser_options(),
+            **options,
+        )
+        return {"actions": actions, "target_value": out.value}
+
+    def _normaliser_options(self) -> dict[str, Any]:
+        args: TDConfig = self.args
+        return {
+            "normaliser": args.normaliser,
+            "extra": args.batch_vocabulary_extra,
+            "law": "student" if args.batch_vocabulary_law == "student" else None,
+        }
 
     def _td_options(self, head: Head, teacher: Head) -> dict[str, Any]:
         """What :func:`tdkd.ops.td_loss` takes as well."""
@@ -450,6 +547,31 @@ class TDTrainer(SFTTrainer):
             "teacher_logit_scale": teacher.logit_scale,
             "vocab_size": args.vocab_size,
         }
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The student, and beside it the value head, if there is one."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir if output_dir is None else output_dir)
+            bootstrap.save_value_head(self._unwrapped(self.model), folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.target is not None and self.args.should_save:
+            self.target.save(Path(output_dir))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        bootstrap.load_value_head(self._unwrapped(self.model), Path(resume_from_checkpoint))
+        if self.target is not None:
+            self.target.load(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = Path(self.state.best_model_checkpoint)
+        bootstrap.load_value_head(self._unwrapped(self.model), best)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._aside or super()._get_output_dir(trial)
