@@ -107,19 +107,20 @@ class Dense(TDTrainer):
         self,
         hidden: Tensor,
         head: Head,
-        teacher_hidden: Tensor,
-        teacher: Head,
+        teacher: dict[str, Any],
         tokens: Tensor,
         successor: Tensor,
-        num_items_in_batch: Tensor | int | None,
+        **extras: Any,
     ) -> ops.TDOutput:
+        parts = [teacher.pop(f"teacher_{name}") for name in ("hidden", "weight", "bias")]
         return ops.td_loss(
             F.linear(hidden, head.weight, head.bias),
-            F.linear(teacher_hidden, teacher.weight, teacher.bias),
+            F.linear(*parts),
             tokens,
             successor=successor,
-            num_items_in_batch=num_items_in_batch,
-            **self._td_options(head, teacher),
+            **teacher,
+            **self._td_options(head),
+            **extras,
             impl=self.impl,
         )
 

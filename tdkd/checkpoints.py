@@ -26,7 +26,7 @@ UNFINISHED = "unfinished"
 BEFORE = "before-"
 STATE = "trainer_state.json"
 # what a run in one process needs to go on as if nothing had happened
-NEEDED = (STATE, "*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+NEEDED = (STATE, "*model*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 # torch's writer has no exception of its own for a disk that takes no more

@@ -17,7 +17,13 @@ DRIFT = 10.0
 
 
 def diagnostics(
-    out: ops.TDOutput, tokens: Tensor, successor: Tensor, *, log_prob: bool, gamma: float
+    out: ops.TDOutput,
+    tokens: Tensor,
+    successor: Tensor,
+    *,
+    log_prob: bool,
+    gamma: float,
+    state_value: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Means over the rows of one micro-batch, left on the device.
 
@@ -27,6 +33,7 @@ def diagnostics(
         successor: as in :func:`tdkd.ops.successors`, ``[N]``.
         log_prob: whether Q is a log-probability.
         gamma: discount.
+        state_value: v(s) of a value head ``[N]``, where Q and V hold one.
     Returns:
         ``td_error``: mean size, and quantiles of ``Q(a) - gamma V'`` where V' is known, nats.
         ``q``, ``value``: means of Q(a) and V.
@@ -35,8 +42,12 @@ def diagnostics(
         (arXiv 2505.20335; with gamma = 1 there is no bound, and no entry).
         ``set_kl``: mean of ``log pi*(a) - log pi_Q(a)`` on the set, an estimate of
         ``KL(teacher || student)`` there where the teacher took the tokens.
+        ``entropy_gap``: mean of H(student) - H(teacher), both renormalised on the set, nats; the
+        tail is left out, since nothing but the set is at hand where no normaliser is. Below 0 the
+        student is surer than its teacher.
         With ``log_prob``: ``student_mass``, and ``value_gap``: mean of V - V*, V* being the log of
         the teacher's mass, which is the soft return that its own probabilities imply.
+        With ``state_value``: its mean.
     """
     rows = max(1, out.q.numel())
     known = successor != -2
@@ -63,13 +74,19 @@ def diagnostics(
     ratio = torch.where(usable, wanted, 0.0) - torch.where(usable, out.q - out.value, 0.0).detach()
     metrics["set_kl"] = ratio.sum() / usable.sum().clamp(min=1)
     held = theirs.isfinite()
+    policy = torch.where(log_probs == -torch.inf, -torch.inf, log_probs - theirs.unsqueeze(-1))
+    theirs_entropy = torch.special.entr(policy.exp()).sum(-1)
+    metrics["entropy_gap"] = torch.where(held, out.entropy - theirs_entropy, 0.0).sum() / rows
     theirs = torch.where(held, theirs, 0.0)
     if gamma < 1:
         metrics["kappa"] = -gamma / (1 - gamma) * theirs.sum() / rows
     if log_prob:
         value = out.value.detach()
-        metrics["student_mass"] = value.exp().sum() / rows
+        log_mass = value if state_value is None else value - state_value.detach()
+        metrics["student_mass"] = log_mass.exp().sum() / rows
         metrics["value_gap"] = torch.where(held, value - theirs, 0.0).sum() / rows
+    if state_value is not None:
+        metrics["state_value"] = state_value.detach().sum() / rows
     return metrics
 
 

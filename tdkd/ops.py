@@ -348,7 +348,8 @@ def td_loss(
         check: refuse ids out of range and rows without a usable logit, at the price of a host sync.
         impl: "auto", "reference" or "fused" (raises where no kernel exists).
     Returns:
-        ``TDOutput(loss, q, value, td_error, actions)``; all but ``actions`` are differentiable.
+        ``TDOutput(loss, q, value, td_error, actions, entropy)``; the first four are
+        differentiable.
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, or shapes do not fit.
@@ -753,7 +754,7 @@ def linear_td_loss(
         bias: the student's head bias ``(V,)``; ``teacher_bias`` is the teacher's.
         objective: as in :func:`td_loss`, and so are the others.
     Returns:
-        ``TDOutput(loss, q, value, td_error, actions)``.
+        ``TDOutput(loss, q, value, td_error, actions, entropy)``.
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, shapes do not fit, or both or neither of a live
@@ -834,7 +835,7 @@ def linear_td_loss(
     # rows that are no states have no say in which columns exist, nor in the head's gradient, where
     # a NaN of theirs would survive as 0 * NaN
     here = state.unsqueeze(-1)
-    flat = torch.where(here, student_hidden, 0.0)
+    flat = student_hidden if _all_states(state) else torch.where(here, student_hidden, 0.0)
     flat = flat.reshape(tokens.numel(), student_hidden.shape[-1])
     used = actions._replace(ids=torch.where(here, actions.ids, -1))
     objective = IQLearn() if objective is None else objective
@@ -878,6 +879,12 @@ def linear_td_loss(
     linear_rows = _linear_rows_of(impl, flat, weight, rows.ids.shape[-1])
     terms = rows(*linear_rows(flat, weight, bias, rows.ids, scale, vocabulary))
     return _td_output(terms, actions, lead, reduction, divisor)
+
+
+def _all_states(state: Tensor) -> bool:
+    """Whether no row has to be masked, which spares a copy; False where asking would cost a host
+    sync."""
+    return not (state.is_cuda or torch.compiler.is_compiling()) and bool(state.all())
 
 
 def _in_forward(rows: TDRows, hidden: Tensor, weight: Tensor) -> bool:
@@ -995,8 +1002,8 @@ def _td_output(
     divisor: Tensor | float,
 ) -> TDOutput:
     loss = terms.loss.view(lead) if reduction == "none" else terms.loss.sum() / divisor
-    q, value, td_error = (term.view(lead) for term in terms[1:])
-    return TDOutput(loss, q, value, td_error, actions)
+    q, value, td_error, entropy = (term.view(lead) for term in terms[1:])
+    return TDOutput(loss, q, value, td_error, actions, entropy)
 
 
 def _accumulated(x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class RowTerms(NamedTuple):
     q: Tensor
     value: Tensor
     td_error: Tensor
+    entropy: Tensor
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,14 @@ class TDRows:
         per_row = torch.where(self.counted, per_row, 0.0)
         q_taken = torch.where(state, rows.taken(rows.q), 0.0)
         td_error = torch.where(rows.bootstrapped, q_taken - self.gamma * rows.next_value, 0.0)
-        return RowTerms(per_row, q_taken, value, td_error)
+        return RowTerms(per_row, q_taken, value, td_error, _entropy(rows))
+
+
+@torch.no_grad()
+def _entropy(rows: Rows) -> Tensor:
+    """``[N]``: of ``softmax(Q)`` on the set, nats."""
+    policy = torch.where(rows.q == -torch.inf, -torch.inf, rows.q - rows.value.unsqueeze(-1))
+    return torch.where(rows.state, torch.special.entr(policy.exp()).sum(-1), 0.0)
 
 
 def _shifted(z: Tensor, valid: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tdkd import checkpoints, ops
+from tdkd import bootstrap, checkpoints, ops
 from tdkd.diagnostics import Drift, diagnostics
 from tdkd.errors import UserError, missing
 from tdkd.lm_loss import lm_cross_entropy
@@ -139,6 +139,24 @@ class TDConfig(SFTConfig):
     td_stop_gradient: bool = field(
         default=True, metadata={"help": "Keep gradients out of the value of the next state."}
     )
+    target_network: str = field(
+        default="none",
+        metadata={
+            "help": "Whose V' is the target of a state: the student's own ('none'), or that of an "
+            "exponential moving average of the student ('ema')."
+        },
+    )
+    target_decay: float = field(
+        default=0.99, metadata={"help": "Share of the average that each of its updates keeps."}
+    )
+    target_every: int = field(
+        default=1,
+        metadata={"help": "Optimizer steps from one update to the next; copies, at decay 0."},
+    )
+    value_head: bool = field(
+        default=False,
+        metadata={"help": "Learn a level v(s) for Q: one vector, added to Q and V of its state."},
+    )
     lm_weight: float = field(
         default=0.0, metadata={"help": "Weight of the cross-entropy on the response tokens."}
     )
@@ -162,6 +180,7 @@ class TDConfig(SFTConfig):
             "imitation": get_args(Imitation),
             "td_phi": tuple(PHIS),
             "td_expectation": ("token", "teacher"),
+            "target_network": ("none", "ema"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -176,6 +195,8 @@ class TDConfig(SFTConfig):
             "imitation_weight": (self.imitation_weight >= 0, ">= 0"),
             "td_weight": (self.td_weight >= 0, ">= 0"),
             "td_alpha": (self.td_alpha > 0, "> 0"),
+            "target_decay": (0 <= self.target_decay < 1, "in [0, 1)"),
+            "target_every": (self.target_every >= 1, ">= 1"),
             "lm_weight": (self.lm_weight >= 0, ">= 0"),
             "student_temperature": (self.student_temperature > 0, "> 0"),
             "teacher_temperature": (self.teacher_temperature > 0, "> 0"),
@@ -302,14 +323,27 @@ class TDTrainer(SFTTrainer):
         # the losses below honour num_items_in_batch, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
         self.objective = args.build_objective() if objective is None else objective
+        extras: dict[str, Any] = {
+            "target_network": args.target_network,
+            "value_head": args.value_head,
+        }
+        bootstrap.check_of_use(self.objective, gamma=args.gamma, **extras)
         self._drift = Drift()
         self._redirect = _ForwardRedirection()
         student = self._unwrapped(self.model)
         # weights that are sharded from the start cannot run without their wrapper
         self._whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        bootstrap.check_whole(self._whole, **extras)
         if self._whole:
             check_head(student)
         self._compile(student)
+        if args.value_head:
+            bootstrap.add_value_head(student, lm_head(student).weight.shape[1])
+        self.target: bootstrap.TargetNetwork | None = None
+        if args.target_network == "ema":
+            self.target = bootstrap.TargetNetwork(student, args.target_decay, args.target_every)
+            self._compile(self.target.network)
+            self.add_callback(self.target)
         self._eos = eos_token_ids(student, self._tokenizer)
         self.teacher: nn.Module | None = None
         if self._cache is not None:
@@ -445,11 +479,19 @@ class TDTrainer(SFTTrainer):
                     teacher_hidden = rows(self.teacher)
                 teacher = self._live(teacher_hidden, lm_head(self._unwrapped(self.teacher)))
             else:
-                parts = (inputs[name][:, 1:].flatten(0, 1)[keep] for name in ours[1:])
-                ids, log_probs = parts
+                ids, log_probs = (inputs[name][:, 1:].flatten(0, 1)[keep] for name in ours[1:])
                 count = (ids >= 0).sum(-1).int()
                 teacher = {"actions": ops.ActionSet(ids, log_probs, count)}
-            out = self._td_loss(hidden, head, teacher, taken, successor, num_items_in_batch)
+            extras: dict[str, Any] = {}
+            if args.value_head:
+                extras["state_value"] = bootstrap.state_value(student, hidden)
+            if self.target is not None:
+                with torch.no_grad():
+                    teacher = {"actions": self._selected(teacher, taken)}
+                    slow = rows(self.target.network)
+                    extras["target_value"] = self._target_value(slow, teacher, taken, successor)
+            extras["num_items_in_batch"] = num_items_in_batch
+            out = self._td_loss(hidden, head, teacher, taken, successor, **extras)
             loss = loss + out.loss
             metrics.update(
                 diagnostics(
@@ -458,6 +500,7 @@ class TDTrainer(SFTTrainer):
                     successor,
                     log_prob=args.q_level == "log_prob",
                     gamma=args.gamma,
+                    state_value=extras.get("state_value"),
                 )
             )
         return loss, metrics
@@ -476,6 +519,14 @@ class TDTrainer(SFTTrainer):
             "top_p": args.action_top_p,
         }
 
+    def _selected(self, teacher: dict[str, Any], tokens: Tensor) -> ops.ActionSet:
+        """The sets of a teacher, live or not, that more than one loss is taken of."""
+        given = {name.removeprefix("teacher_"): value for name, value in teacher.items()}
+        if "actions" in given:
+            actions: ops.ActionSet = given["actions"]
+            return actions
+        return ops.linear_select_actions(**given, include=tokens, vocab_size=self.args.vocab_size)
+
     def _td_loss(
         self,
         hidden: Tensor,
@@ -483,29 +534,74 @@ class TDTrainer(SFTTrainer):
         teacher: dict[str, Any],
         tokens: Tensor,
         successor: Tensor,
-        num_items_in_batch: Tensor | int | None,
+        **extras: Any,
     ) -> ops.TDOutput:
-        """The objective on the response rows ``[N]``, from ``[N, H]`` hidden states and heads."""
+        """The objective on the response rows ``[N]``, from ``[N, H]`` hidden states and heads.
+
+        ``teacher``: of :meth:`_live`, or its ``actions``; ``extras``: whatever else the op takes.
+        """
         args: TDConfig = self.args
         return ops.linear_td_loss(
             hidden,
             head.weight,
             tokens,
             bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            temperature=args.student_temperature,
-            **teacher,
-            objective=self.objective,
-            q=args.q_level,  # type: ignore[arg-type]
-            gamma=args.gamma,
             normaliser=args.normaliser,  # type: ignore[arg-type]
             extra=args.batch_vocabulary_extra,
             law="student" if args.batch_vocabulary_law == "student" else None,
-            vocab_size=args.vocab_size,
             successor=successor,
-            num_items_in_batch=num_items_in_batch,
+            **teacher,
+            **{**self._td_options(head), **extras},
         )
+
+    def _target_value(
+        self, hidden: Tensor, teacher: dict[str, Any], tokens: Tensor, successor: Tensor
+    ) -> Tensor:
+        """V of the target network, ``[N]``."""
+        assert self.target is not None
+        network = self.target.network
+        value = bootstrap.state_value(network, hidden)
+        # of its loss nothing is wanted: the cheapest one
+        extras = {"state_value": value, "objective": IQLearn()}
+        return self._td_loss(hidden, lm_head(network), teacher, tokens, successor, **extras).value
+
+    def _td_options(self, head: Head) -> dict[str, Any]:
+        """What :func:`tdkd.ops.td_loss` takes as well, of the student."""
+        args: TDConfig = self.args
+        return {
+            "objective": self.objective,
+            "q": args.q_level,
+            "gamma": args.gamma,
+            "temperature": args.student_temperature,
+            "softcap": head.softcap,
+            "logit_scale": head.logit_scale,
+            "vocab_size": args.vocab_size,
+        }
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The student, and beside it the value head, if there is one."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir if output_dir is None else output_dir)
+            bootstrap.save_value_head(self._unwrapped(self.model), folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.target is not None and self.args.should_save:
+            self.target.save(Path(output_dir))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        bootstrap.load_value_head(self._unwrapped(self.model), Path(resume_from_checkpoint))
+        if self.target is not None:
+            self.target.load(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = Path(self.state.best_model_checkpoint)
+        bootstrap.load_value_head(self._unwrapped(self.model), best)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._aside or super()._get_output_dir(trial)

@@ -85,6 +85,9 @@ class TDOutput(NamedTuple):
     td_error: Tensor
     """float32 ``[...]``: ``Q(a) - gamma V'``; 0 where V' is unknown or the row is no state."""
     actions: ActionSet
+    entropy: Tensor
+    """float32 ``[...]``: entropy of the student renormalised on the set, ``softmax(Q)``, nats; no
+    gradient; 0 on rows that are no states."""
 
 
 @dataclass(frozen=True)

@@ -219,9 +219,9 @@ def test_the_head_sees_response_rows_alone(tmp_path, tiny_student, normaliser):
         model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
     inner = run._td_loss
 
-    def recording(hidden, head, teacher, tokens, successor, items):
+    def recording(hidden, head, teacher, tokens, successor, **extras):
         given.append([hidden, teacher["teacher_hidden"], tokens, successor])
-        return inner(hidden, head, teacher, tokens, successor, items)
+        return inner(hidden, head, teacher, tokens, successor, **extras)
 
     run._td_loss = recording
     items = (batch["labels"][:, 1:] != -100).sum()

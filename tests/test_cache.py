@@ -213,6 +213,7 @@ LAYOUTS = {
     "end": {"max_length": 24, "truncation_mode": "keep_end"},
     "packed": {"packing": True, "max_length": 60, "attn_implementation": True},
     "wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 40},
+    "target network": {"target_network": "ema", "value_head": True},
     "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
 }
 

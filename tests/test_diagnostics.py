@@ -58,12 +58,61 @@ def test_without_discount_there_is_no_bound_and_without_rows_nothing():
     out, _, _, tokens, successor = make()
     assert "kappa" not in diagnostics(out, tokens, successor, log_prob=True, gamma=1.0)
     none = out._replace(
-        q=out.q[:0], value=out.value[:0], td_error=out.td_error[:0],
+        q=out.q[:0], value=out.value[:0], td_error=out.td_error[:0], entropy=out.entropy[:0],
         actions=ops.ActionSet(*(x[:0] for x in out.actions)),
     )  # fmt: skip
     told = diagnostics(none, tokens[:0], successor[:0], log_prob=True, gamma=GAMMA)
     assert all(math.isfinite(value) and value == 0 for value in told.values())
     assert set(told) == set(diagnostics(out, tokens, successor, log_prob=True, gamma=GAMMA))
+
+
+def by_hand(q, log_prob, **more):
+    """Two states over five tokens, of which the last has too little for the sets: halves and
+    quarters, whose entropies are multiples of log 2, and a slot that is padded."""
+    teacher = torch.tensor([[1 / 2, 1 / 4, 1 / 4, 0, 0], [1 / 2, 1 / 2, 0, 0, 0]]).double()
+    student = torch.tensor([[1, 1, 1, 1, 12], [1, 3, 4, 4, 4]]).double() / 16
+    level = torch.tensor([[5.0], [-300.0]]).double()  # which nothing may see
+    out = ops.td_loss(
+        (student.log() + level).requires_grad_(), teacher.log(), torch.tensor([0, 1]),
+        objective=ForwardKL(tail=True), successor=torch.tensor([1, -1]), q=q, k=4, top_p=0.99,
+        **more,
+    )  # fmt: skip
+    assert out.actions.count.tolist() == [3, 2]
+    told = diagnostics(
+        out,
+        torch.tensor([0, 1]),
+        torch.tensor([1, -1]),
+        log_prob=log_prob,
+        gamma=GAMMA,
+        state_value=more.get("state_value"),
+    )
+    return out, told
+
+
+@pytest.mark.parametrize("q", ["log_prob", "logit", "shifted"])
+def test_the_entropy_gap_by_hand(q):
+    # the student on the sets: thirds, and a quarter with three
+    mine = [math.log(3), 2 * math.log(2) - 0.75 * math.log(3)]
+    theirs = [1.5 * math.log(2), math.log(2)]
+    out, told = by_hand(q, q == "log_prob")
+    torch.testing.assert_close(out.entropy, torch.tensor(mine).double())
+    assert out.value.requires_grad
+    assert not out.entropy.requires_grad
+    expected = (mine[0] - theirs[0] + mine[1] - theirs[1]) / 2
+    assert told["entropy_gap"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_value_head_moves_neither_mass_nor_entropy():
+    plain, without = by_hand("log_prob", True)
+    v = torch.tensor([2.0, -1.0]).double()
+    out, told = by_hand("log_prob", True, state_value=v)
+    torch.testing.assert_close(out.entropy, plain.entropy)
+    torch.testing.assert_close(out.value, plain.value + v)
+    for name in ("student_mass", "entropy_gap", "set_kl", "teacher_mass"):
+        torch.testing.assert_close(told[name], without[name])
+    assert without["student_mass"].item() == pytest.approx((3 / 16 + 4 / 16) / 2)
+    assert told["state_value"].item() == 0.5
+    assert told["value_gap"].item() == pytest.approx(without["value_gap"].item() + 0.5)
 
 
 def test_a_value_that_drifts_is_told_once(caplog):

@@ -117,7 +117,7 @@ def test_gradients_in_forward_take_one_pass_over_the_head(products, objective, q
     else:
         assert ROWS <= sum(products) <= ROWS + 5
     wanted, expected = exact_in_float64(leaves, tokens, actions, lambda o: 3.0 * o.loss, **options)
-    agree(out[:4], wanted[:4])
+    agree((*out[:4], out.entropy), (*wanted[:4], wanted.entropy))
     agree(grads, expected)
 
 
@@ -156,7 +156,7 @@ def test_a_target_network_s_values_are_cut_into_chunks_too(products, objective):
     grads = torch.autograd.grad(out.loss, leaves)
     assert sum(products) < 2 * ROWS
     wanted, expected = exact_in_float64(leaves, tokens, actions, lambda o: o.loss, **options)
-    agree(out[:4], wanted[:4])
+    agree((*out[:4], out.entropy), (*wanted[:4], wanted.entropy))
     agree(grads, expected)
 
 

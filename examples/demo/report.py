@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 WHEN = ("before", "warm", "after")
 SHOWN = (
     "td_error", "q", "value", "value_gap", "set_size", "teacher_mass", "student_mass", "set_kl",
-    "kappa",
+    "kappa", "entropy_gap",
 )  # fmt: skip
 WHY = """\
 What was picked, and why. Prototypes on this teacher, not this run, showed that the level of the
@@ -67,7 +67,7 @@ def curves(path: Path, logs: dict[str, list[dict[str, Any]]], metrics: dict[str,
         (axes[0, 1], ("loss", logs["td"]), "phase 2: loss"),
         (axes[1, 0], ("td_error_p50", logs["td"]), "phase 2: TD error, median and 5 to 95 %"),
         (axes[0, 2], ("student_mass", logs["td"]), "phase 2: mass on the sets"),
-        (axes[1, 2], ("value_gap", logs["td"]), "phase 2: V - V*, nats"),
+        (axes[1, 2], ("value_gap", logs["td"]), "phase 2: V - V*, and entropies on the sets, nats"),
     ):
         entries = [entry for entry in log if name in entry]
         steps = [e["step"] for e in entries]
@@ -77,6 +77,9 @@ def curves(path: Path, logs: dict[str, list[dict[str, Any]]], metrics: dict[str,
             axis.fill_between(steps, low, high, alpha=0.3)
         if name == "student_mass":
             axis.plot(steps, [e["teacher_mass"] for e in entries], label="teacher_mass")
+            axis.legend()
+        if name == "value_gap":
+            axis.plot(steps, [e["entropy_gap"] for e in entries], label="entropy_gap")
             axis.legend()
         axis.set_title(title)
         axis.set_xlabel("step")

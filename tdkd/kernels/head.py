@@ -88,7 +88,10 @@ class Gradients:
         grad = grad.to(head.weight.dtype)
         with torch.autocast(grad.device.type, enabled=False):
             if self.hidden is not None:
-                self.hidden[rows] = product(grad, head.weight)
+                if grad.dtype == torch.float32:
+                    torch.mm(grad, head.weight, out=self.hidden[rows])
+                else:
+                    self.hidden[rows] = product(grad, head.weight)
             if self.weight is not None:
                 given = hidden[rows].to(grad.dtype)
                 if grad.dtype == torch.float32:

@@ -90,6 +90,7 @@ class _Loss(torch.autograd.Function):
         ctx.made = grads
         ctx.rows, ctx.scale, ctx.divisor = rows, scale, divisor
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(terms.entropy)
         return terms.loss.sum() / divisor, *terms[1:]
 
     @staticmethod
