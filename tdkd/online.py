@@ -23,6 +23,7 @@ from tdkd.models import backbone, lm_head
 
 try:
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+    from trl.generation import vllm_generation
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 except (ImportError, RuntimeError) as error:  # lazy modules raise the latter
     raise missing(error) from error
@@ -210,6 +211,57 @@ def sample(
 def _ended(tokens: Tokens, eos: list[int]) -> Tokens:
     end = next((i for i, token in enumerate(tokens) if token in eos), len(tokens))
     return tokens[: end + 1]
+
+
+class VLLM:
+    """Answers from vLLM in the training process, by TRL's integration.
+
+    The student's weights are pushed to it before each generation. Its randomness is its own: a run
+    that goes on from a checkpoint gets other answers than an unbroken one.
+
+    Args:
+        student: TRL's trainer's model, PEFT or plain; vLLM starts from its ``name_or_path``.
+        accelerator: of the trainer.
+        tokenizer: of the student.
+        sampling: the law; without a teacher in it.
+        eos: tokens that end an answer.
+        gpu_memory_utilization: share of the GPU's memory that vLLM takes.
+    Raises:
+        UserError: vLLM is not installed.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        accelerator: Any,
+        tokenizer: Any,
+        sampling: Sampling,
+        *,
+        eos: list[int],
+        gpu_memory_utilization: float,
+    ) -> None:
+        self.eos = eos
+        try:
+            self.engine = vllm_generation.VLLMGeneration(
+                student,
+                accelerator,
+                tokenizer,
+                mode="colocate",
+                gpu_memory_utilization=gpu_memory_utilization,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                max_completion_length=sampling.max_completion_length,
+                generation_kwargs={"stop_token_ids": eos},
+            )
+        except ImportError as error:
+            raise UserError(f"use_vllm: expected vLLM to be installed, got {error}") from error
+
+    def __call__(self, prompts: list[Tokens], generator: torch.Generator) -> list[Tokens]:
+        """One answer to each prompt, as :func:`sample` gives them; ``generator`` has no say."""
+        self.engine.sync_weights()
+        _, completions, *_ = self.engine.generate(prompts, None, 1)
+        return [_ended(list(completion), self.eos) for completion in completions]
 
 
 class Replay:

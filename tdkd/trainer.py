@@ -166,6 +166,13 @@ class TDConfig(SFTConfig):
         default=0.0,
         metadata={"help": "Probability that a token of an answer is drawn from the teacher."},
     )
+    use_vllm: bool = field(
+        default=False,
+        metadata={"help": "vLLM in the training process writes the answers (docs/teachers.md)."},
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of the GPU's memory that vLLM takes."}
+    )
     replay_size: int = field(
         default=0, metadata={"help": "Answers that are kept to be learned from again."}
     )
@@ -205,6 +212,7 @@ class TDConfig(SFTConfig):
             "top_k": (self.top_k >= 0, ">= 0"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "teacher_mixture": (0 <= self.teacher_mixture <= 1, "in [0, 1]"),
+            "vllm_gpu_memory_utilization": (0 < self.vllm_gpu_memory_utilization <= 1, "in (0, 1]"),
             "replay_size": (self.replay_size >= 0, ">= 0"),
             "replay_ratio": (0 <= self.replay_ratio < 1, "in [0, 1)"),
         }
@@ -221,9 +229,14 @@ class TDConfig(SFTConfig):
                 "replay_size: expected it together with replay_ratio, got "
                 f"{self.replay_size} and {self.replay_ratio}"
             )
-        if not self.lmbda and (self.teacher_mixture or self.replay_size):
+        if not self.lmbda and (self.teacher_mixture or self.replay_size or self.use_vllm):
             raise UserError(
-                "lmbda: expected a number > 0 with teacher_mixture or replay_size, got 0"
+                "lmbda: expected a number > 0 with teacher_mixture, replay_size or use_vllm, got 0"
+            )
+        if self.use_vllm and (self.teacher_mixture or self.vocab_size is not None):
+            raise UserError(
+                "use_vllm: expected False with teacher_mixture or vocab_size, which vLLM's sampler "
+                "does not know, got True"
             )
         if self.objective is not None:
             for name, known in self.__dataclass_fields__.items():
@@ -331,23 +344,44 @@ class TDTrainer(SFTTrainer):
         self._eos = eos_token_ids(student, self._tokenizer)
         self._clock = online.Clock(self.accelerator.device)
         self._rollouts: online.Rollouts | None = None
-        if args.lmbda:
-            online.check(args, self.objective, self.data_collator, whole=self._whole)
-            self._rollouts = online.Rollouts(
-                self.data_collator,
-                lmbda=args.lmbda,
-                replay_size=args.replay_size,
-                replay_ratio=args.replay_ratio,
-                eos=self._eos,
-                seed=args.seed,
-                rank=args.process_index,
-                total=lambda x: self.accelerator.reduce(x.to(self.accelerator.device), "sum"),
-            )
         self.teacher: nn.Module | None = None
         if self.objective is not None:
             self.teacher = self._prepared_teacher(teacher_model, lm_head(student), args)
             rule = ops.routes(self.accelerator.device.type)
             logger.info("heads: normaliser %s; %s", args.normaliser, rule)
+        if args.lmbda:
+            self._go_online(args, student)
+
+    def _go_online(self, args: TDConfig, student: nn.Module) -> None:
+        online.check(args, self.objective, self.data_collator, whole=self._whole)
+        self._sampling = online.Sampling(
+            args.max_completion_length,
+            args.temperature,
+            args.top_k,
+            args.top_p,
+            args.teacher_mixture,
+            args.vocab_size,
+        )
+        self._vllm: online.VLLM | None = None
+        if args.use_vllm:
+            self._vllm = online.VLLM(
+                student,
+                self.accelerator,
+                self._tokenizer,
+                self._sampling,
+                eos=self._eos,
+                gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            )
+        self._rollouts = online.Rollouts(
+            self.data_collator,
+            lmbda=args.lmbda,
+            replay_size=args.replay_size,
+            replay_ratio=args.replay_ratio,
+            eos=self._eos,
+            seed=args.seed,
+            rank=args.process_index,
+            total=lambda x: self.accelerator.reduce(x.to(self.accelerator.device), "sum"),
+        )
 
     def _prepared_teacher(
         self, given: str | PreTrainedModel | None, student: Head, args: TDConfig
@@ -604,20 +638,14 @@ class TDTrainer(SFTTrainer):
 
     def _answers(self, prompts: list[list[int]], generator: torch.Generator) -> list[list[int]]:
         """The student's answer to each prompt, or that of the student and the teacher together."""
-        args: TDConfig = self.args
+        if self._vllm is not None:
+            return self._vllm(prompts, generator)
         assert self.teacher is not None
         with self.accelerator.autocast():
             return online.sample(
                 self._unwrapped(self.model),
                 prompts,
-                online.Sampling(
-                    args.max_completion_length,
-                    args.temperature,
-                    args.top_k,
-                    args.top_p,
-                    args.teacher_mixture,
-                    args.vocab_size,
-                ),
+                self._sampling,
                 eos=self._eos,
                 pad_token_id=self.data_collator.pad_token_id,
                 generator=generator,

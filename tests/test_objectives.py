@@ -574,7 +574,7 @@ TEXTS = {
     "LSIQ(expert='free')": "expert: expected one of 'bootstrap', 'fixed', got 'free'",
     "LSIQ(clip=2)": "clip: expected one of False, True, got 2",
     "SQIL(reward='1')": "reward: expected a number or a function of Rows, got str",
-    "IQLearn(value='last')": "value: expected one of 'expert', 'initial', got 'last'",
+    "IQLearn(value='last')": "value: expected one of 'expert', 'initial', 'mixed', got 'last'",
 }
 
 

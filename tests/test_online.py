@@ -1,5 +1,7 @@
 """The student's own answers: sampling, replay, what is learned from them, and resuming."""
 
+import importlib.util
+import inspect
 import json
 import math
 from pathlib import Path
@@ -566,6 +568,144 @@ def test_the_teacher_mixes_in_training(tmp_path, tiny_teacher, tiny_student):
     assert not teacher.training
 
 
+TRLS = online.vllm_generation.VLLMGeneration
+
+
+class Engine:
+    """What TRL's VLLMGeneration is asked for, with the signature that it has."""
+
+    made = None
+
+    def __init__(self, *args, **options):
+        self.given = inspect.signature(TRLS.__init__).bind(None, *args, **options)
+        self.calls = []
+        Engine.made = self
+
+    def sync_weights(self):
+        self.calls.append("sync")
+
+    def generate(self, *args):
+        given = inspect.signature(TRLS.generate).bind(None, *args).arguments
+        prompts = given["prompts"]
+        self.calls.append(prompts)
+        assert given["images"] is None
+        assert given["num_generations"] == 1
+        return prompts, [(50 + i, 7, EOS, 9) for i in range(len(prompts))], None, None
+
+
+def test_vllm_writes_the_answers(tmp_path, tiny_teacher, tiny_student, monkeypatch):
+    monkeypatch.setattr(online.vllm_generation, "VLLMGeneration", Engine)
+    run = online_run(
+        tmp_path, tiny_teacher, tiny_student, use_vllm=True, temperature=0.5, top_k=9, top_p=0.9,
+        vllm_gpu_memory_utilization=0.2,
+    )  # fmt: skip
+    batches = Batches(run)
+    run.train()
+    given = Engine.made.given.arguments
+    assert given["model"] is run.model
+    assert given["processing_class"] is run.processing_class
+    expected = {
+        "mode": "colocate", "temperature": 0.5, "top_k": 9, "top_p": 0.9,
+        "max_completion_length": 6, "gpu_memory_utilization": 0.2,
+        "generation_kwargs": {"stop_token_ids": [EOS]},
+    }  # fmt: skip
+    assert {name: given[name] for name in expected} == expected
+    assert Engine.made.calls[::2] == ["sync", "sync"]
+    for prompts, batch in zip(Engine.made.calls[1::2], batches.seen, strict=True):
+        wanted = [(tuple(p), (50 + i, 7, EOS)) for i, p in enumerate(prompts)]
+        assert completions(batch) == wanted
+
+
+def test_vllm_must_be_there(tmp_path, tiny_teacher, tiny_student):
+    if importlib.util.find_spec("vllm"):
+        pytest.skip("vLLM is installed")
+    with pytest.raises(UserError, match="use_vllm: expected vLLM to be installed, got"):
+        online_run(tmp_path, tiny_teacher, tiny_student, use_vllm=True)
+
+
+class Event:
+    """A CUDA event whose clock moves by a millisecond at each record."""
+
+    now = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+        self.waited = False
+
+    def record(self):
+        Event.now += 1
+        self.at = Event.now
+
+    def synchronize(self):
+        self.waited = True
+
+    def elapsed_time(self, end):
+        assert end.waited
+        return float(end.at - self.at)
+
+
+def test_a_gpus_clock_is_read_at_the_log(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = online.Clock(torch.device("cuda"))
+    for _ in range(2):
+        clock.steps += 1
+        with clock("generate"):
+            pass
+        for _ in range(2):
+            with clock("learn"), clock("score"):
+                pass
+    assert not any(event.waited for of in clock.spans.values() for span in of for event in span)
+    seconds = clock.read()
+    # of 3 ms a micro-batch the teacher's share is 1
+    expected = {"generate": 1e-3, "learn": 2 * 2e-3, "score": 2 * 1e-3}
+    assert seconds == pytest.approx(expected)
+    assert clock.read() == {}
+
+
+def _worker(rank, world, port, folder, teacher, student):
+    import os
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    run = online_run(
+        folder, teacher, student, lmbda=0.5, per_device_train_batch_size=2, max_steps=4,
+        replay_size=4, replay_ratio=0.5, save_strategy="steps", save_steps=4,
+    )  # fmt: skip
+    batches = Batches(run)
+    run.train()
+    seen = [completions(batch) for batch in batches.seen]
+    weights = [batch["expert_weight"].max() for batch in batches.seen]
+    log = run.state.log_history[:4]
+    torch.save((seen, weights, parameters(run), log, data_pairs(run)), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_answer_by_themselves(tmp_path, tiny_teacher, tiny_student):
+    """What weighs and what is logged counts the answers of both."""
+    import socket
+
+    import torch.multiprocessing as mp
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_worker, (2, port, tmp_path, tiny_teacher, tiny_student), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    assert same(one[2], two[2])
+    data = one[4]
+    assert {"replay_0.pt", "replay_1.pt"} <= {p.name for p in (tmp_path / "checkpoint-4").iterdir()}
+    for step, entry in enumerate(one[3]):
+        pairs = [*one[0][step], *two[0][step]]
+        own = sum(len(completion) for pair in pairs if pair not in data for completion in pair[1:])
+        learned = sum(len(completion) for _, completion in pairs)
+        assert entry["on_policy"] == pytest.approx(own / learned, abs=1e-4)
+        heaviest = max(one[1][step], two[1][step])
+        assert float(heaviest) == pytest.approx(learned / (learned - own) if own < learned else 0)
+
+
 # What is learned from whom
 
 
@@ -767,6 +907,12 @@ REFUSED = [
     ({"replay_ratio": 1.0}, r"replay_ratio: expected a number in \[0, 1\), got 1.0"),
     ({"lmbda": 0.5, "replay_size": 9}, "replay_size: expected it together with replay_ratio"),
     ({"teacher_mixture": 0.5}, "lmbda: expected a number > 0 with teacher_mixture"),
+    ({"use_vllm": True}, "lmbda: expected a number > 0 with .*use_vllm"),
+    (
+        {"lmbda": 0.5, "use_vllm": True, "teacher_mixture": 0.5},
+        "use_vllm: expected False with teacher_mixture",
+    ),
+    ({"vllm_gpu_memory_utilization": 0}, r"vllm_gpu_memory_utilization: .*in \(0, 1\], got 0"),
 ]
 
 
