@@ -7,6 +7,7 @@ does what an unbroken one does.
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ try:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 except (ImportError, RuntimeError) as error:  # lazy modules raise the latter
     raise missing(error) from error
+
+logger = logging.getLogger("tdkd")
 
 IGNORED = -100
 Batch = dict[str, Any]
@@ -431,8 +434,11 @@ class Rollouts:
     def load(self, folder: Path) -> None:
         """Puts back the answers of a checkpoint; that of a run that kept none has no file."""
         self.replay.answers.clear()
-        if (folder / self._name).is_file():
-            self.replay.load_state_dict(torch.load(folder / self._name, weights_only=True))
+        file = folder / self._name
+        if file.is_file():
+            self.replay.load_state_dict(torch.load(file, weights_only=True))
+        elif self.replay.answers.maxlen:
+            logger.warning("replay: no %s in %s, beginning with none", file.name, folder)
 
     @property
     def _name(self) -> str:

@@ -606,7 +606,7 @@ def test_the_table_of_the_guide_has_every_objective_with_its_flags():
         if found:
             cells[found[1]] = re.split(r"(?<!\\)\|", line)[4]
     assert set(cells) == set(NAMED)
-    flags = ("bootstraps", "normalised", "rowwise", "starts")
+    flags = ("bootstraps", "normalised", "rowwise", "starts", "demonstrations")
     for name, kind in NAMED.items():
         plain = {flag for flag in re.split(r", ", cells[name].strip()) if " " not in flag}
         said = plain | {"rowwise"} if name == "SoftTD" else plain

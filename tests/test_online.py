@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -169,6 +170,24 @@ def test_padding_columns_are_never_drawn(tiny_student, tiny_teacher):
     tokens = {token for completion in drawn for token in completion}
     assert max(tokens) < 50
     assert len(tokens) > 5
+
+
+def test_generation_does_not_trace_a_compiled_body(tiny_student, tiny_teacher):
+    """One graph for every length would cost more than it brings."""
+    student, teacher = load_model(tiny_student), load_model(tiny_teacher)
+    plain = answers(student, teacher=teacher, teacher_mixture=0.5)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    for model in (student, teacher):
+        model.model.compile(backend=backend)
+    assert answers(student, teacher=teacher, teacher_mixture=0.5) == plain
+    assert not graphs
+    student.model(torch.tensor([[1, 2, 3]]))
+    assert graphs
 
 
 def test_generation_leaves_the_model_as_it_was(tiny_student):
@@ -494,6 +513,19 @@ def test_training_again_begins_with_nothing_to_replay(tmp_path, tiny_teacher, ti
     for _ in range(2):
         run.train()
         assert len(run._rollouts.replay.answers) == 8
+
+
+def test_a_checkpoint_without_replay_is_told(
+    tmp_path, tiny_teacher, tiny_student, caplog, monkeypatch
+):
+    """Where it was not kept before: the run begins to keep answers, and says so."""
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    online_run(tmp_path, tiny_teacher, tiny_student, **saving).train()
+    run = online_run(tmp_path, tiny_teacher, tiny_student, replay_size=9, replay_ratio=0.5)
+    monkeypatch.setattr(logging.getLogger("tdkd"), "propagate", True)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert "replay: no replay_0.pt in" in caplog.text
+    assert len(run._rollouts.replay.answers) == 4
 
 
 def test_evaluation_never_generates(tmp_path, tiny_teacher, tiny_student, monkeypatch):
