@@ -5,10 +5,12 @@ import inspect
 import json
 import logging
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from test_trainer import Batches, conversations, losses, trainer
 
 from tdkd import online, ops
@@ -925,6 +927,25 @@ def test_the_lm_loss_is_of_the_datas_tokens(tmp_path, tiny_teacher, tiny_student
         logits[data[:, 1:]], batch["labels"][:, 1:][data[:, 1:]]
     )
     assert losses(run)[0] == pytest.approx(expected.item(), rel=1e-4)
+
+
+GUIDE = Path(__file__).parent.parent / "docs" / "teachers.md"
+RECIPES = [
+    yaml.safe_load(block)
+    for block in re.findall(r"```yaml\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    if "lmbda" in block
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: str(recipe.get("objective")))
+def test_the_recipes_of_the_guide_train(tmp_path, tiny_teacher, tiny_student, recipe):
+    given = {**recipe, "max_completion_length": 4, "objective_text": recipe.get("objective")}
+    given.pop("objective", None)
+    run = trainer(tmp_path, tiny_teacher, tiny_student, **given)
+    run.train()
+    assert len(losses(run)) == 2
+    assert all(math.isfinite(loss) for loss in losses(run))
+    assert run.state.log_history[0]["on_policy"] > 0
 
 
 # Refusals
