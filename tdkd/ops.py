@@ -294,6 +294,7 @@ def td_loss(
     successor: Tensor | None = None,
     target_value: Tensor | None = None,
     state_value: Tensor | None = None,
+    expert_weight: Tensor | None = None,
     temperature: float = 1.0,
     teacher_temperature: float = 1.0,
     softcap: float | None = None,
@@ -334,6 +335,9 @@ def td_loss(
         state_value: v ``(...)``, nats, added to every Q of its row, and so to V, as a value head
             gives it: ``Q = log pi + v(s)``. Differentiable. The policy does not change, so that
             only objectives that look ahead see it.
+        expert_weight: ``(...)``, >= 0, for batches that also hold states which the student's own
+            answers visited: 0 there, and rows / teacher's rows on the teacher's, so that what an
+            objective learns from the teacher's tokens is a mean over them. No gradient.
         temperature: divides the student's logits, > 0. The loss is not multiplied by T^2.
         teacher_temperature: divides the teacher's logits, > 0.
         softcap: the student's, as in :func:`select_actions`; likewise the next three.
@@ -404,6 +408,7 @@ def td_loss(
         successor=successor,
         target_value=target_value,
         state_value=state_value,
+        expert_weight=expert_weight,
         ignore_index=ignore_index,
         impl=impl,
     )
@@ -710,6 +715,7 @@ def linear_td_loss(
     successor: Tensor | None = None,
     target_value: Tensor | None = None,
     state_value: Tensor | None = None,
+    expert_weight: Tensor | None = None,
     temperature: float = 1.0,
     teacher_temperature: float = 1.0,
     bias: Tensor | None = None,
@@ -848,6 +854,7 @@ def linear_td_loss(
         successor=successor,
         target_value=target_value,
         state_value=state_value,
+        expert_weight=expert_weight,
         ignore_index=ignore_index,
         impl=impl,
     )
@@ -956,12 +963,17 @@ def _td_rows(
     successor: Tensor | None,
     target_value: Tensor | None,
     state_value: Tensor | None,
+    expert_weight: Tensor | None,
     ignore_index: int,
     impl: Impl,
 ) -> TDRows:
     _within("gamma", gamma, 0.0, 1.0)
     lead = tokens.shape
-    for name, given in (("target_value", target_value), ("state_value", state_value)):
+    for name, given in (
+        ("target_value", target_value),
+        ("state_value", state_value),
+        ("expert_weight", expert_weight),
+    ):
         if given is not None:
             _floating(name, given, dims=0)
             _same_shape(name, given, lead, "the rows")
@@ -982,6 +994,7 @@ def _td_rows(
         soft_value=partial(soft_value, impl=impl),
         target_value=None if target_value is None else target_value.reshape(-1),
         state_value=None if state_value is None else state_value.reshape(-1),
+        expert_weight=None if expert_weight is None else expert_weight.reshape(-1),
     )
 
 

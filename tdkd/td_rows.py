@@ -55,6 +55,8 @@ class TDRows:
     soft_value: Callable[[Tensor], Tensor]
     state_value: Tensor | None = None
     """``[N]``: added to Q, by a value head; differentiable."""
+    expert_weight: Tensor | None = None
+    """``[N]``: as in :class:`tdkd.types.Rows`."""
 
     @classmethod
     def of(
@@ -71,6 +73,7 @@ class TDRows:
         soft_value: Callable[[Tensor], Tensor],
         target_value: Tensor | None = None,
         state_value: Tensor | None = None,
+        expert_weight: Tensor | None = None,
     ) -> TDRows:
         """Of flat ids ``[N, k]``; tokens, successors and values of a target network ``[N]``."""
         taken = tokens.long()
@@ -90,6 +93,8 @@ class TDRows:
             target_value = torch.where(state, target_value.detach(), 0.0)
         if state_value is not None:
             state_value = torch.where(state, state_value, 0.0)
+        if expert_weight is not None:
+            expert_weight = torch.where(state, expert_weight.detach(), 0.0)
         return cls(
             ids,
             log_probs,
@@ -103,6 +108,7 @@ class TDRows:
             gamma,
             soft_value,
             state_value,
+            expert_weight,
         )
 
     @property
@@ -133,6 +139,7 @@ class TDRows:
             initial=None if self.initial is None else self.initial[index],
             target_value=None if self.target_value is None else self.target_value[index],
             state_value=None if self.state_value is None else self.state_value[index],
+            expert_weight=None if self.expert_weight is None else self.expert_weight[index],
         )
 
     def __call__(self, z: Tensor, log_rest: Tensor | None) -> RowTerms:
@@ -157,6 +164,7 @@ class TDRows:
             value = value + self.state_value.to(z.dtype)
         blank = ~state.unsqueeze(-1)
         target = None if self.target_value is None else self.target_value.to(value.dtype)
+        weight = None if self.expert_weight is None else self.expert_weight.to(value.dtype)
         # at gamma = 0 an infinite V' is of no concern
         reached = self.successor if self.gamma else self.successor.clamp(max=-1)
         rows = Rows(
@@ -173,6 +181,7 @@ class TDRows:
             log_tail=log_tail,
             initial=None if self.initial is None else self.initial.to(value.dtype),
             target_value=target,
+            expert_weight=weight,
         )
         per_row = self.objective(rows)
         if per_row.shape != value.shape:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tdkd import bootstrap, checkpoints, ops
+from tdkd import bootstrap, checkpoints, online, ops
 from tdkd.diagnostics import Drift, diagnostics
 from tdkd.errors import UserError, missing
 from tdkd.lm_loss import lm_cross_entropy
@@ -62,9 +63,10 @@ class TDConfig(SFTConfig):
 
     The loss of a step is ``imitation_weight * imitation + td_weight * IQ-Learn + lm_weight * LM``,
     or ``objective + lm_weight * LM`` with any sum of the objectives of :mod:`tdkd.objectives`.
-    The defaults are what learned in prototypes: a normalised imitation term, and beside it a
-    small TD term on log-probabilities. With the first two weights 0 the trainer is a plain
-    supervised warm start and needs no teacher.
+    With ``lmbda`` > 0 the student's own answers take the place of some of the data's
+    (``docs/teachers.md``). The defaults are what learned in prototypes: a normalised imitation
+    term, and beside it a small TD term on log-probabilities. With the first two weights 0 the
+    trainer is a plain supervised warm start and needs no teacher.
 
     On a machine without an accelerator ``bf16`` defaults to False (TRL's default is True).
     ``torch_compile`` compiles the bodies of student and teacher; heads and losses have kernels of
@@ -170,6 +172,44 @@ class TDConfig(SFTConfig):
         default=None,
         metadata={"help": "Columns at and above it are padding; for models that pad differently."},
     )
+    lmbda: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability that a sequence of a batch is the student's own answer to the "
+            "example's prompt, in place of the example's (0: offline; 1: on-policy)."
+        },
+    )
+    max_completion_length: int = field(
+        default=512, metadata={"help": "Cap of an answer, tokens; max_length does not bound it."}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Divides the logits that answers are drawn from; 0: greedy."}
+    )
+    top_k: int = field(
+        default=0,
+        metadata={"help": "Answers are drawn from so many tokens (0: all); see action_top_k."},
+    )
+    top_p: float = field(
+        default=1.0, metadata={"help": "Answers are drawn from this nucleus; see action_top_p."}
+    )
+    teacher_mixture: float = field(
+        default=0.0,
+        metadata={"help": "Probability that a token of an answer is drawn from the teacher."},
+    )
+    use_vllm: bool = field(
+        default=False,
+        metadata={"help": "vLLM in the training process writes the answers (docs/teachers.md)."},
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of the GPU's memory that vLLM takes."}
+    )
+    replay_size: int = field(
+        default=0, metadata={"help": "Answers that are kept to be learned from again."}
+    )
+    replay_ratio: float = field(
+        default=0.0,
+        metadata={"help": "Share of the steps that take kept answers in place of new ones."},
+    )
 
     def __post_init__(self) -> None:
         choices = {
@@ -200,11 +240,25 @@ class TDConfig(SFTConfig):
             "lm_weight": (self.lm_weight >= 0, ">= 0"),
             "student_temperature": (self.student_temperature > 0, "> 0"),
             "teacher_temperature": (self.teacher_temperature > 0, "> 0"),
+            "lmbda": (0 <= self.lmbda <= 1, "in [0, 1]"),
+            "max_completion_length": (self.max_completion_length >= 1, ">= 1"),
+            "temperature": (self.temperature >= 0, ">= 0"),
+            "top_k": (self.top_k >= 0, ">= 0"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "teacher_mixture": (0 <= self.teacher_mixture <= 1, "in [0, 1]"),
+            "vllm_gpu_memory_utilization": (0 < self.vllm_gpu_memory_utilization <= 1, "in (0, 1]"),
+            "replay_size": (self.replay_size >= 0, ">= 0"),
+            "replay_ratio": (0 <= self.replay_ratio < 1, "in [0, 1)"),
         }
         if (self.teacher == "cache") != (self.teacher_cache is not None):
             raise UserError(
                 "teacher_cache: expected a folder with teacher: cache, and none otherwise, got "
                 f"{self.teacher_cache} with teacher: {self.teacher}"
+            )
+        if self.teacher == "cache" and self.lmbda:
+            raise UserError(
+                "lmbda: expected 0 with teacher: cache, which knows nothing of other answers, got "
+                f"{self.lmbda}"
             )
         if self.teacher == "cache" and self.teacher_model_name_or_path is not None:
             raise UserError(
@@ -219,6 +273,20 @@ class TDConfig(SFTConfig):
         for name, (fits, expected) in ranges.items():
             if not fits:
                 raise UserError(f"{name}: expected a number {expected}, got {getattr(self, name)}")
+        if bool(self.replay_size) != bool(self.replay_ratio):
+            raise UserError(
+                "replay_size: expected it together with replay_ratio, got "
+                f"{self.replay_size} and {self.replay_ratio}"
+            )
+        if not self.lmbda and (self.teacher_mixture or self.replay_size or self.use_vllm):
+            raise UserError(
+                "lmbda: expected a number > 0 with teacher_mixture, replay_size or use_vllm, got 0"
+            )
+        if self.use_vllm and (self.teacher_mixture or self.vocab_size is not None):
+            raise UserError(
+                "use_vllm: expected False with teacher_mixture or vocab_size, which vLLM's sampler "
+                "does not know, got True"
+            )
         if self.objective is not None:
             for name, known in self.__dataclass_fields__.items():
                 given = getattr(self, name)
@@ -289,6 +357,7 @@ class TDTrainer(SFTTrainer):
     """
 
     _tag_names = ["trl", "tdkd"]
+    data_collator: Any
     _aside: str | None = None
     """Where checkpoints go in place of the output directory."""
 
@@ -345,6 +414,8 @@ class TDTrainer(SFTTrainer):
             self._compile(self.target.network)
             self.add_callback(self.target)
         self._eos = eos_token_ids(student, self._tokenizer)
+        self._clock = online.Clock(self.accelerator.device)
+        self._rollouts: online.Rollouts | None = None
         self.teacher: nn.Module | None = None
         if self._cache is not None:
             self._read(self._cache, lm_head(student))
@@ -353,6 +424,39 @@ class TDTrainer(SFTTrainer):
         if self.objective is not None:
             rule = ops.routes(self.accelerator.device.type)
             logger.info("heads: normaliser %s; %s", args.normaliser, rule)
+        if args.lmbda:
+            self._go_online(args, student)
+
+    def _go_online(self, args: TDConfig, student: nn.Module) -> None:
+        online.check(args, self.objective, self.data_collator, whole=self._whole)
+        self._sampling = online.Sampling(
+            args.max_completion_length,
+            args.temperature,
+            args.top_k,
+            args.top_p,
+            args.teacher_mixture,
+            args.vocab_size,
+        )
+        self._vllm: online.VLLM | None = None
+        if args.use_vllm:
+            self._vllm = online.VLLM(
+                student,
+                self.accelerator,
+                self._tokenizer,
+                self._sampling,
+                eos=self._eos,
+                gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            )
+        self._rollouts = online.Rollouts(
+            self.data_collator,
+            lmbda=args.lmbda,
+            replay_size=args.replay_size,
+            replay_ratio=args.replay_ratio,
+            eos=self._eos,
+            seed=args.seed,
+            rank=args.process_index,
+            total=lambda x: self.accelerator.reduce(x.to(self.accelerator.device), "sum"),
+        )
 
     def _read(self, cache: Cache, student: Head) -> None:
         """Makes batches carry the sets of a cache."""
@@ -363,7 +467,7 @@ class TDTrainer(SFTTrainer):
                 f"model: expected a vocabulary of at least the {cache.manifest.vocab_size} tokens "
                 f"of {cache.path}, got {columns}"
             )
-        collator = Collator(self.data_collator, cache)  # type: ignore[has-type]
+        collator = Collator(self.data_collator, cache)
         self.data_collator = collator
         for given in (self.train_dataset, self.eval_dataset):
             for dataset in given.values() if isinstance(given, dict) else [given]:
@@ -399,6 +503,11 @@ class TDTrainer(SFTTrainer):
         self._compile(teacher)
         teacher.requires_grad_(False)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True).eval()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-batch forward and backward; its seconds enter the log."""
+        with self._clock("learn"):
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -452,11 +561,14 @@ class TDTrainer(SFTTrainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         args: TDConfig = self.args
         labels = inputs["labels"]
-        ours = ("labels", "action_ids", "action_log_probs")
+        expert = inputs.get("expert_weight")
+        ours = ("labels", "expert_weight", "action_ids", "action_log_probs")
         forwarded = {name: value for name, value in inputs.items() if name not in ours}
         tokens = labels[:, 1:]
         keep, successor = response_rows(tokens, self._eos)
         taken = tokens.reshape(-1)[keep]
+        if expert is not None:
+            expert = expert[:, 1:].reshape(-1)[keep]
 
         def rows(model: nn.Module) -> Tensor:
             with self.accelerator.autocast():
@@ -469,17 +581,22 @@ class TDTrainer(SFTTrainer):
         loss = hidden.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
         if args.lm_weight:
-            lm_loss = lm_cross_entropy(hidden, head, taken)
-            loss = loss + args.lm_weight * lm_loss / items
-            metrics["lm_loss"] = lm_loss.detach() / max(1, taken.numel())
+            states, targets, weight = hidden, taken, 1.0
+            if expert is not None:  # the student's own answers are nothing to imitate
+                states, targets = hidden[expert > 0], taken[expert > 0]
+                weight = expert.max() if taken.numel() else 0.0
+            lm_loss = lm_cross_entropy(states, head, targets)
+            loss = loss + args.lm_weight * weight * lm_loss / items
+            metrics["lm_loss"] = lm_loss.detach() / max(1, targets.numel())
         if self.objective is not None:
             if self._cache is None:
                 assert self.teacher is not None
-                with torch.no_grad():
+                timed = self._clock("score") if self.model.training else nullcontext()
+                with torch.no_grad(), timed:
                     teacher_hidden = rows(self.teacher)
                 teacher = self._live(teacher_hidden, lm_head(self._unwrapped(self.teacher)))
             else:
-                ids, log_probs = (inputs[name][:, 1:].flatten(0, 1)[keep] for name in ours[1:])
+                ids, log_probs = (inputs[name][:, 1:].flatten(0, 1)[keep] for name in ours[2:])
                 count = (ids >= 0).sum(-1).int()
                 teacher = {"actions": ops.ActionSet(ids, log_probs, count)}
             extras: dict[str, Any] = {}
@@ -490,7 +607,7 @@ class TDTrainer(SFTTrainer):
                     teacher = {"actions": self._selected(teacher, taken)}
                     slow = rows(self.target.network)
                     extras["target_value"] = self._target_value(slow, teacher, taken, successor)
-            extras["num_items_in_batch"] = num_items_in_batch
+            extras |= {"num_items_in_batch": num_items_in_batch, "expert_weight": expert}
             out = self._td_loss(hidden, head, teacher, taken, successor, **extras)
             loss = loss + out.loss
             metrics.update(
@@ -657,11 +774,48 @@ class TDTrainer(SFTTrainer):
             aside.parent.rmdir()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """No batch for a run that goes on from its last step, which would do one step too many."""
+        """The batches of a step, with the student's answers in them where ``lmbda`` is not 0.
+
+        None for a run that goes on from its last step, which would do one step too many.
+        """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._clock.steps += 1
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._rollouts is not None and batches:
+            with self._clock("generate"):
+                batches, metrics = self._rollouts(batches, self.state.global_step, self._answers)
+            for name, value in metrics.items():
+                self._metrics["train"][name].append(value)
+            items = self._get_num_items_in_batch(batches, device)
+        return batches, items
+
+    def _answers(self, prompts: list[list[int]], generator: torch.Generator) -> list[list[int]]:
+        """The student's answer to each prompt, or that of the student and the teacher together."""
+        if self._vllm is not None:
+            return self._vllm(prompts, generator)
+        assert self.teacher is not None
+        with self.accelerator.autocast():
+            return online.sample(
+                self._unwrapped(self.model),
+                prompts,
+                self._sampling,
+                eos=self._eos,
+                pad_token_id=self.data_collator.pad_token_id,
+                generator=generator,
+                teacher=self._unwrapped(self.teacher),
+            )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._rollouts is not None and self.args.replay_size:
+            self._rollouts.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._rollouts is not None and checkpoint is not None:
+            self._rollouts.load(Path(checkpoint))
 
     def _compile(self, model: nn.Module) -> None:
         """Compiles the body in place; accelerate compiles a wrapper, which would run the head."""
@@ -675,6 +829,9 @@ class TDTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL averages what the steps recorded; here it leaves the device, once a log."""
         recorded = self._metrics["train" if self.model.training else "eval"]
+        if self.model.training:
+            for name, seconds in self._clock.read().items():
+                recorded[f"time/{name}"] = [seconds]
         for name, values in recorded.items():
             mean = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in values])
             reduced = self.accelerator.reduce(mean.mean().to(self.accelerator.device), "mean")

@@ -126,6 +126,9 @@ class Rows:
     states, at gamma = 0); 0 elsewhere; None if not asked for."""
     target_value: Tensor | None = None
     """``[N]``: V of a target network, no gradient; None where there is none."""
+    expert_weight: Tensor | None = None
+    """``[N]``: what the row weighs in a mean over the teacher's states: 0 where the student's own
+    answer visited the state, rows / teacher's rows elsewhere; None where all are the teacher's."""
 
     @property
     def bootstrapped(self) -> Tensor:
@@ -135,6 +138,12 @@ class Rows:
     def taken(self, per_slot: Tensor) -> Tensor:
         """``[N]``: the entry of ``per_slot [N, k]`` that belongs to the taken token."""
         return per_slot.gather(-1, self.slot.unsqueeze(-1)).squeeze(-1)
+
+    def expert(self, per_row: Tensor) -> Tensor:
+        """``[N]``: ``per_row`` for a mean over the teacher's states alone: the student's give 0."""
+        if self.expert_weight is None:
+            return per_row
+        return self.expert_weight * torch.where(self.expert_weight > 0, per_row, 0.0)
 
     def following(self, per_row: Tensor) -> Tensor:
         """``[N]``: the entry of ``per_row [N]`` of each row's successor; 0 where it has none, or an

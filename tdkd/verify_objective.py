@@ -1,7 +1,8 @@
 """An objective of one's own, held to what the ops take from it: `tdkd verify --objective`.
 
 Cases are drawn in float64 from a seed: ties, -inf logits, sets with padded slots, responses that
-end and that were cut off, rows that are no states. On each the objective is asked four questions:
+end and that were cut off, rows that are no states, rows of the student's own. On each the objective
+is asked four questions:
 
 ``gradient``
     is the gradient that autograd makes of it that of its values? What it detaches is held constant.
@@ -11,7 +12,7 @@ end and that were cut off, rows that are no states. On each the objective is ask
     are they untouched by rows that are no states, finite, and there for batches of none?
 ``flags``
     does it read no more than its flags say (``bootstraps``, ``normalised``, ``rowwise``,
-    ``starts``, ``looks_ahead``)?
+    ``starts``, ``looks_ahead``, ``demonstrations``)?
 """
 
 from __future__ import annotations
@@ -130,14 +131,21 @@ def draw(seed: int, device: torch.device) -> Case:
     ends = {choose.randrange(rows), rows - 1}
     for end in ends:
         successor[end] = choose.choice((-1, -1, -2))
-    options = {
+    options: dict[str, Any] = {
         "q": choose.choice(("log_prob", "logit")),
         "k": k,
         "top_p": choose.choice((0.5, 0.9, 1.0)),
         "gamma": choose.choice((0.0, 0.7, 0.99, 0.99)),
         "successor": successor.to(device),
     }
+    weight_of_experts = None
+    if choose.random() < 0.3:
+        own = torch.rand(rows, generator=generator) < 0.5
+        weight_of_experts = torch.where(own, 0.0, rows / (~own).sum().clamp(min=1)).double()
+    options["expert_weight"] = None if weight_of_experts is None else weight_of_experts.to(device)
     note = f"{rows} x {vocab} k={k} q={options['q']} gamma={options['gamma']}"
+    if weight_of_experts is not None:
+        note += " expert_weight"
     if holes.any():
         note += " -inf"
     hidden, weight, holes, teacher, tokens = (
@@ -196,7 +204,7 @@ def _linear(objective: ObjectiveLike, case: Case) -> Iterator[str]:
         torch.cat([log_probs, torch.full_like(padding, -torch.inf, dtype=log_probs.dtype)], -1),
         count,
     )
-    options = {name: case.options[name] for name in ("q", "gamma", "successor")}
+    options = {name: case.options[name] for name in ("q", "gamma", "successor", "expert_weight")}
     linear = ops.linear_td_loss(
         leaves[0],
         leaves[1],
@@ -238,7 +246,10 @@ def _padding(objective: ObjectiveLike, case: Case) -> Iterator[str]:
         hidden=case.hidden[:0],
         teacher=case.teacher[:0],
         tokens=case.tokens[:0],
-        options={**case.options, "successor": case.options["successor"][:0]},
+        options={
+            name: given[:0] if isinstance(given, Tensor) else given
+            for name, given in case.options.items()
+        },
     )
     for name, small in (("no states", nothing), ("no rows", empty)):
         loss = small.dense(small.student, objective).loss
@@ -249,7 +260,7 @@ def _padding(objective: ObjectiveLike, case: Case) -> Iterator[str]:
 def _flags(objective: ObjectiveLike, case: Case) -> Iterator[str]:
     flags = {
         name: getattr(objective, name, True)
-        for name in ("bootstraps", "normalised", "starts", "looks_ahead")
+        for name in ("bootstraps", "normalised", "starts", "looks_ahead", "demonstrations")
     }
     if flags["bootstraps"] and not flags["looks_ahead"]:
         yield "looks_ahead: expected True where bootstraps is, got False"
@@ -276,6 +287,8 @@ def _flags(objective: ObjectiveLike, case: Case) -> Iterator[str]:
          not flags["looks_ahead"], counted),
         ("bootstraps", "V' where it is unknown", {"next_value": rows.next_value + shift},
          not flags["bootstraps"], unknown),
+        ("demonstrations", "rows.expert_weight", {"expert_weight": shift},
+         not flags["demonstrations"], counted),
     ]  # fmt: skip
     for flag, what, fields, binding, where in changes:
         if not binding:
@@ -303,6 +316,7 @@ def _rowwise(objective: ObjectiveLike, case: Case) -> Iterator[str]:
         objective=objective,
         level=case.options["q"],
         gamma=case.options["gamma"],
+        expert_weight=case.options["expert_weight"],
         soft_value=ops.soft_value,
     )
     z = ops.gather_q(case.student, actions.ids, impl="reference")

@@ -388,6 +388,8 @@ def test_other_data_tokenizers_and_sets_are_refused(made, tmp_path, tiny_student
         config(tmp_path, teacher_cache="somewhere")
     with pytest.raises(UserError, match="teacher_model_name_or_path: expected none with teacher"):
         config(tmp_path, teacher="cache", teacher_cache="x", teacher_model_name_or_path="somewhere")
+    with pytest.raises(UserError, match="lmbda: expected 0 with teacher: cache"):
+        config(tmp_path, teacher="cache", teacher_cache="x", lmbda=0.5)
     with pytest.raises(UserError, match="teacher_model: expected none with teacher: cache"):
         TDTrainer(
             load_model(tiny_student), load_model(tiny_student),

@@ -574,7 +574,7 @@ TEXTS = {
     "LSIQ(expert='free')": "expert: expected one of 'bootstrap', 'fixed', got 'free'",
     "LSIQ(clip=2)": "clip: expected one of False, True, got 2",
     "SQIL(reward='1')": "reward: expected a number or a function of Rows, got str",
-    "IQLearn(value='last')": "value: expected one of 'expert', 'initial', got 'last'",
+    "IQLearn(value='last')": "value: expected one of 'expert', 'initial', 'mixed', got 'last'",
 }
 
 
@@ -606,7 +606,7 @@ def test_the_table_of_the_guide_has_every_objective_with_its_flags():
         if found:
             cells[found[1]] = re.split(r"(?<!\\)\|", line)[4]
     assert set(cells) == set(NAMED)
-    flags = ("bootstraps", "normalised", "rowwise", "starts")
+    flags = ("bootstraps", "normalised", "rowwise", "starts", "demonstrations")
     for name, kind in NAMED.items():
         plain = {flag for flag in re.split(r", ", cells[name].strip()) if " " not in flag}
         said = plain | {"rowwise"} if name == "SoftTD" else plain

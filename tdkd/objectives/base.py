@@ -18,6 +18,7 @@ class Objective:
     normalised: bool = False
     rowwise: bool = False
     starts: bool = False
+    demonstrations: bool = False
 
     @property
     def looks_ahead(self) -> bool:
@@ -54,6 +55,7 @@ class Weighted(Objective):
         self.normalised = any(objective.normalised for _, objective in terms)
         self.rowwise = all(objective.rowwise for _, objective in terms)
         self.starts = any(objective.starts for _, objective in terms)
+        self.demonstrations = any(objective.demonstrations for _, objective in terms)
 
     @property
     def looks_ahead(self) -> bool:

@@ -214,6 +214,8 @@ class LK(_OnTheSet):
 class CrossEntropy(_OnTheSet):
     """Negative log-likelihood of the taken token, nats a row: behaviour cloning.
 
+    Tokens of the student's own answers (``Rows.expert_weight`` 0) are nothing to clone.
+
     Args:
         tail: normalise over the full vocabulary (``F.cross_entropy``); without it over the set.
 
@@ -221,12 +223,14 @@ class CrossEntropy(_OnTheSet):
     CrossEntropy(tail=False)
     """
 
+    demonstrations = True
+
     def __call__(self, rows: Rows) -> Tensor:
         log_likelihood = rows.taken(rows.q) - rows.value
         if self.tail:
             assert rows.log_mass is not None
             log_likelihood = log_likelihood + rows.log_mass
-        return -log_likelihood
+        return -rows.expert(log_likelihood)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

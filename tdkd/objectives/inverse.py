@@ -90,7 +90,10 @@ class IQLearn(Objective):
             ``(1 - gamma) V(s_0)``, which is the same in expectation over what the student visits,
             by telescoping. Every row takes that of its own response; it stands on the first row, as
             often as the response has rows that count. Sums and means over rows are then right,
-            the losses of single rows are not.
+            the losses of single rows are not. ``"mixed"``: V - gamma V' on every state, also on
+            those that the student's own answers visited (``Rows.expert_weight`` 0): the online
+            form of IQ-Learn, ``-E_teacher[phi] + E_all[V - gamma V']``. phi is of the teacher's
+            states alone in all three; where every state is the teacher's, this is ``"expert"``.
     Raises:
         ValueError: an option is not one of the above.
 
@@ -100,6 +103,7 @@ class IQLearn(Objective):
 
     bootstraps = True
     rowwise = True
+    demonstrations = True
 
     def __init__(
         self,
@@ -108,13 +112,13 @@ class IQLearn(Objective):
         alpha: float = 0.1,
         expectation: Literal["token", "teacher"] = "token",
         stop_gradient: Literal["next"] | None = None,
-        value: Literal["expert", "initial"] = "expert",
+        value: Literal["expert", "initial", "mixed"] = "expert",
     ) -> None:
         one_of("phi", phi, tuple(PHIS))
         positive("alpha", alpha)
         one_of("expectation", expectation, ("token", "teacher"))
         one_of("stop_gradient", stop_gradient, (None, "next"))
-        one_of("value", value, ("expert", "initial"))
+        one_of("value", value, ("expert", "initial", "mixed"))
         self.phi = phi
         self.alpha = alpha
         self.expectation = expectation
@@ -135,6 +139,9 @@ class IQLearn(Objective):
             q = torch.where(weights > 0, rows.q, 0.0)
             expected = (weights * self._phi(q - future.unsqueeze(-1))).sum(-1)
         if self.value == "expert":
+            return rows.expert(rows.value - future - expected)
+        expected = rows.expert(expected)
+        if self.value == "mixed":
             return rows.value - future - expected
         assert rows.initial is not None
         # elsewhere V may be -inf
@@ -155,7 +162,8 @@ class LSIQ(Objective):
     and student; the chi-squared divergence of the teacher to that mixture is bounded.
 
     Read were the abstract and the authors' code (robfiras/ls-iq). There the student's half comes
-    from states that the policy visits; here, offline, it is taken on the teacher's states.
+    from states that the policy visits; here it is taken on every state at hand, the teacher's and
+    those of the student's own answers (``Rows.expert_weight`` 0), which have no part in the first.
 
     Args:
         c: strength of the regulariser, > 0.
@@ -173,6 +181,7 @@ class LSIQ(Objective):
 
     bootstraps = True
     rowwise = True
+    demonstrations = True
 
     def __init__(
         self,
@@ -200,24 +209,23 @@ class LSIQ(Objective):
         students = v + self.c / 2 * v.square()
         if self.expert == "bootstrap":
             x = q - future
-            return students - x + self.c / 2 * x.square()
+            return students - rows.expert(x) + rows.expert(self.c / 2 * x.square())
         if greatest == math.inf:
             raise ValueError(f'gamma: expected a number < 1 with expert="fixed", got {rows.gamma}')
-        return students + self.c / 2 * (q - greatest).square()
+        return students + self.c / 2 * rows.expert((q - greatest).square())
 
 
 class SQIL(Objective):
     """Soft Q imitation learning: a squared soft Bellman error (SQIL, arXiv 1905.11108).
 
-    ``(Q(a) - r - gamma V')^2`` with r = 1 on what the teacher did. The method also wants rows of
-    the student's own, with r = 0: they come with training on the student's answers, and will enter
-    through ``reward``, which may be a function of the rows.
+    ``(Q(a) - r - gamma V')^2`` with r = 1 on what the teacher did, and r = 0 on what the student's
+    own answers did (``Rows.expert_weight`` 0). The paper takes as many of the one as of the other.
 
     Q must be free to grow to 1 / (1 - gamma): use ``q="logit"``. A log-probability is never above
     0, and there this loss is little more than cross-entropy.
 
     Args:
-        reward: r of each row: a number, or a function of ``Rows`` that returns ``[N]``.
+        reward: r of the teacher's rows, or a function of ``Rows`` that returns r of all, ``[N]``.
         stop_gradient: ``"next"`` keeps gradients out of V'.
     Raises:
         TypeError: ``reward`` is neither a number nor a function.
@@ -229,6 +237,7 @@ class SQIL(Objective):
 
     bootstraps = True
     rowwise = True
+    demonstrations = True
 
     def __init__(
         self,
@@ -245,7 +254,12 @@ class SQIL(Objective):
         self.stop_gradient = stop_gradient
 
     def __call__(self, rows: Rows) -> Tensor:
-        reward = self.reward(rows) if callable(self.reward) else self.reward
+        if callable(self.reward):
+            reward: float | Tensor = self.reward(rows)
+        elif rows.expert_weight is None:
+            reward = self.reward
+        else:
+            reward = self.reward * (rows.expert_weight > 0)
         return (rows.taken(rows.q) - reward - _future(rows, self.stop_gradient)).square()
 
 
