@@ -36,6 +36,7 @@ from tdkd.benchmark.cases import Inputs
 from tdkd.benchmark.measure import order, peak_extra_bytes, quartiles, reason
 from tdkd.benchmark.report import aligned, environment, make_directory, write_json
 from tdkd.benchmark.rivals import Impl, Skip
+from tdkd.cli.cache import run as keep_sets
 from tdkd.errors import UserError
 from tdkd.models import Head, last_hidden_state, load_model, load_tokenizer
 from tdkd.trainer import TDConfig, TDTrainer
@@ -57,6 +58,8 @@ class Setup(NamedTuple):
     device: str
     scratch: str
     """a directory that no trainer writes to, but that each must be given."""
+    sets: str
+    """the teacher's cache of the data."""
 
     def config(self, kind: type, **options: Any) -> Any:
         """The demo's settings, as far as trainers of this kind know them, and ``options``."""
@@ -129,6 +132,20 @@ class DenseReference(Dense):
     impl = "reference"
 
 
+class Cached(TDTrainer):
+    """The demo's loss with sets from disk; a batch is read and collated within its step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.numbered = {tuple(x["input_ids"]): x["labels"] for x in self._cache.dataset()}
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
+        sizes = inputs["attention_mask"].sum(-1).tolist()
+        ids = [row[:size] for row, size in zip(inputs["input_ids"].tolist(), sizes, strict=True)]
+        examples = [{"input_ids": x, "labels": self.numbered[tuple(x)]} for x in ids]
+        return super().training_step(model, self.data_collator(examples), *args)
+
+
 class Given(DistillationTrainer):
     """TRL's trainer, which only knows answers that the student samples: here they are given.
 
@@ -167,6 +184,11 @@ def ours(kind: type[TDTrainer] = TDTrainer, **options: Any) -> Callable[[Setup],
     return lambda setup: setup.trainer(kind, setup.config(TDConfig, **options))
 
 
+def cached(setup: Setup) -> Trainer:
+    config = setup.config(TDConfig, teacher="cache", teacher_cache=setup.sets)
+    return Cached(setup.student, args=config, processing_class=setup.tokenizer)
+
+
 def gkd(beta: float) -> Callable[[Setup], Trainer]:
     return lambda setup: setup.trainer(
         GKDTrainer, setup.config(GKDConfig, beta=beta, lmbda=0.0, seq_kd=False)
@@ -187,6 +209,7 @@ def liger(setup: Setup) -> Trainer:
 RIVALS = [
     Rival(SHARED, "no heads; the loss is the mean of hidden states", ours(Bodies)),
     Rival(AGAINST, "the demo: log Z over the batch vocabulary", ours(normaliser="batch")),
+    Rival("tdkd cache", "the demo with the teacher's sets from disk: no teacher", cached),
     Rival("tdkd exact", "log Z over all columns", ours(normaliser="exact")),
     Rival(
         "tdkd gather",
@@ -321,7 +344,16 @@ def prepared(models: Path, device: str, scratch: str) -> tuple[Setup, dict[str, 
     )
     named = {"data": "train.jsonl", "teacher": facts(teacher, "teacher")}
     named["student"] = facts(student, students[0])
-    return Setup(teacher, student, tokenizer, data, device, scratch), named
+    sets = str(Path(scratch) / "sets")
+    demo = yaml.safe_load(DEMO.read_text())
+    keep_sets(
+        model=str(models / "teacher"), data=str(models / "train.jsonl"), served=None,
+        tokenizer=None, output=sets, action_top_k=demo["action_top_k"],
+        action_top_p=demo["action_top_p"], teacher_temperature=1.0, max_length=longest,
+        tail=True, log_probs="float16", model_dtype="float32", batch_size=16,
+        shard_examples=1024, device=device,
+    )  # fmt: skip
+    return Setup(teacher, student, tokenizer, data, device, scratch, sets), named
 
 
 def facts(model: PreTrainedModel, name: str) -> dict[str, Any]:

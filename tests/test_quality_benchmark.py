@@ -78,7 +78,9 @@ def test_every_method_learns_from_the_same_tokens(script, runs):
     from methods import METHODS
 
     assert set(by_name) == {*METHODS, "warm", "untrained", "teacher"}
-    assert len({by_name[name]["tokens"] for name in METHODS}) == 1
+    own = {name for name, method in METHODS.items() if method.lmbda}
+    assert len({by_name[name]["tokens"] for name in METHODS if name not in own}) == 1
+    assert all(by_name[name]["teacher"] == "live" for name in own)
     for name in METHODS:
         assert len(by_name[name]["losses"]) == 2
         assert by_name[name]["start"] == "warm"
@@ -148,7 +150,7 @@ def test_a_killed_run_goes_on_where_it_was(script, folders, runs, monkeypatch, t
 
         monkeypatch.setattr(learn, "_save", killed)
         how = {"steps": 5, "size": 3, "rate": 1e-2, "seed": 4}
-        given = script.lm_head(bench.teacher), bench.train, with_lm("kl-tail+iq+lm"), folder
+        given = bench.teacher, bench.train, with_lm("kl-tail+iq+lm"), folder
         if stops:
             with pytest.raises(KeyboardInterrupt):
                 learn.train(bench.student("cold"), *given, **how)
@@ -161,6 +163,31 @@ def test_a_killed_run_goes_on_where_it_was(script, folders, runs, monkeypatch, t
     assert logs[0][0] == logs[1][0]
     for whole_part, cut_part in zip(logs[0][1], logs[1][1], strict=True):
         assert torch.equal(whole_part, cut_part)
+
+
+def test_own_answers_are_the_students_and_the_teacher_scores_them(script, folders, runs):
+    import learn
+    from methods import METHODS
+
+    bench = script.Bench(script.parse(arguments(folders)))
+    student = bench.student("cold")
+    chosen = [0, 3, 5]
+    given = student, bench.teacher, bench.train, chosen
+    batch = learn.drawn(*given, METHODS["opd"], seed=1)
+    again = learn.drawn(*given, METHODS["opd"], seed=1)
+    other = learn.drawn(*given, METHODS["opd"], seed=2)
+    data = learn.drawn(*given, METHODS["kl-p1"], seed=1)
+    assert torch.equal(batch.ids, again.ids)
+    assert batch.ids.shape != other.ids.shape or not torch.equal(batch.ids, other.ids)
+    hidden = learn.last_hidden_state(bench.teacher, input_ids=batch.ids, attention_mask=batch.mask)[
+        batch.states
+    ]
+    torch.testing.assert_close(batch.teacher_hidden, hidden, rtol=0, atol=0)
+    for at, i in enumerate(chosen):
+        prompt = bench.train.encoded[i].prompt
+        assert batch.ids[at, : len(prompt)].tolist() == prompt
+    assert data.tokens.tolist() == sum((bench.train.encoded[i].completion for i in chosen), [])
+    assert (batch.successor[batch.tokens == bench.train.eos] == -1).all()
 
 
 def test_settings_that_runs_share_must_not_change(script, folders, runs):

@@ -33,7 +33,11 @@ def run(script, tmp_path_factory, tiny_teacher, tiny_student):
     records.append(
         models / "train.jsonl",
         [
-            {"prompt": WORDS[i % 8], "completion": WORDS[(3 * i + 1) % 8], "truncated": i % 3 == 0}
+            {
+                "prompt": [{"role": "user", "content": WORDS[i % 8]}],
+                "completion": [{"role": "assistant", "content": WORDS[(3 * i + 1) % 8]}],
+                "truncated": i % 3 == 0,
+            }
             for i in range(16)
         ],
     )
@@ -78,6 +82,7 @@ def test_losses_agree_where_they_are_the_same(script, run):
     found = losses(run)
     for name in ("dense, reference", "dense, kernels"):
         assert found[name] == pytest.approx(found["tdkd exact"], rel=1e-4)
+    assert found["tdkd cache"] == pytest.approx(found["tdkd batch"], rel=1e-3)
     # the same tokens, though they are padded elsewhere
     assert found["TRL Distillation, KL"] == pytest.approx(found["TRL GKD, KL"], rel=1e-4)
     assert found["tdkd gather"] != pytest.approx(found["tdkd exact"], rel=1e-2)

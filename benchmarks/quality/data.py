@@ -79,8 +79,10 @@ class Examples:
         teacher: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         cache: Path,
+        new_tokens: int,
         max_length: int = 256,
     ) -> None:
+        self.tokenizer, self.new_tokens = tokenizer, new_tokens
         encoded = [records.encode(record, tokenizer, max_length) for record in data]
         kept = [i for i, e in enumerate(encoded) if e.completion]
         self.records = [data[i] for i in kept]
@@ -111,11 +113,20 @@ class Examples:
     def __len__(self) -> int:
         return len(self.encoded)
 
-    def batch(self, chosen: list[int]) -> Batch:
-        part = [self.encoded[i] for i in chosen]
+    def batch(self, chosen: list[int], own: dict[int, records.Encoded] | None = None) -> Batch:
+        """``own``: other answers to some of the examples, by their place among the chosen; the
+        teacher's hidden states are missing there (zeros)."""
+        own = own or {}
+        part = [own.get(at, self.encoded[i]) for at, i in enumerate(chosen)]
         ids, mask, states, tokens = collate(part, self.pad, torch.device("cpu"))
+        width = self.hidden.shape[1]
         # copies: the file is mapped read-only
-        hidden = [torch.tensor(self.hidden[self.start[i] : self.start[i + 1]]) for i in chosen]
+        hidden = [
+            torch.zeros(len(own[at].completion), width)
+            if at in own
+            else torch.tensor(self.hidden[self.start[i] : self.start[i + 1]])
+            for at, i in enumerate(chosen)
+        ]
         successor = torch.arange(1, tokens.numel() + 1)
         last = torch.tensor([len(e.completion) for e in part]).cumsum(0) - 1
         # an answer that does not end with EOS was cut off

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tdkd import records
+from tdkd.cli.generate import sample
 from tdkd.models import Head, last_hidden_state, lm_head
 from tdkd.ops import ActionSet
 
@@ -24,7 +26,7 @@ CHECKPOINT_SECONDS = 600.0
 
 def train(
     student: PreTrainedModel,
-    teacher: Head,
+    teacher: PreTrainedModel,
     examples: Examples,
     method: Method,
     folder: Path,
@@ -42,15 +44,15 @@ def train(
     saved = folder / "checkpoint.safetensors"
     if saved.exists():
         log = _restore(saved, parameters, optimiser)
-    head, at = lm_head(student), time.monotonic()
+    heads, at = (lm_head(student), lm_head(teacher)), time.monotonic()
     for step, chosen in enumerate(order(len(examples), size, steps, seed)):
         if step < len(log):
             continue
         for group in optimiser.param_groups:
             group["lr"] = rate * schedule(step, steps)
         began = time.perf_counter()
-        batch = examples.batch(chosen)
-        loss, told = forward(student, head, teacher, batch, method)
+        batch = drawn(student, teacher, examples, chosen, method, seed=seed * 1_000_003 + step)
+        loss, told = forward(student, *heads, batch, method)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         if not math.isfinite(float(norm)):
@@ -71,6 +73,36 @@ def train(
     records.write_whole(folder / "log.json", log)
     saved.unlink(missing_ok=True)
     return log
+
+
+def drawn(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    examples: Examples,
+    chosen: list[int],
+    method: Method,
+    seed: int,
+) -> Batch:
+    """The batch of a step: the examples, or the student's own answers to their prompts."""
+    if not method.lmbda:
+        return examples.batch(chosen)
+    source = random.Random(seed)
+    mine = [at for at in range(len(chosen)) if source.random() < method.lmbda]
+    own: dict[int, records.Encoded] = {}
+    if mine:
+        prompts = [examples.encoded[chosen[at]].prompt for at in mine]
+        student.eval()
+        answers = sample(
+            student, examples.tokenizer, prompts, max_new_tokens=examples.new_tokens,
+            top_k=student.config.vocab_size, seed=seed,
+        )  # fmt: skip
+        student.train()
+        for at, prompt, (tokens, cut) in zip(mine, prompts, answers, strict=True):
+            own[at] = records.Encoded(prompt, tokens if cut else [*tokens, examples.eos])
+    batch = examples.batch(chosen, own)
+    with torch.no_grad():
+        hidden = last_hidden_state(teacher, input_ids=batch.ids, attention_mask=batch.mask)
+    return batch._replace(teacher_hidden=hidden[batch.states])
 
 
 def forward(
@@ -103,6 +135,7 @@ def seconds_a_step(
     are there, for methods that know the teacher by its sets alone.
     """
     times: dict[str, dict[str, list[float]]] = {name: {} for name in methods}
+    body: list[float] = []
     heads = lm_head(student), lm_head(teacher)
     parameters = list(student.parameters())
     optimiser = torch.optim.AdamW(parameters, lr=0.0)
@@ -112,18 +145,22 @@ def seconds_a_step(
         began = time.perf_counter()
         with torch.inference_mode():
             last_hidden_state(teacher, input_ids=batch.ids, attention_mask=batch.mask)
-        body = time.perf_counter() - began
+        body.append(time.perf_counter() - began)
         for name, method in methods.items():
             began = time.perf_counter()
-            actions = method.select(batch.teacher_hidden, heads[1], batch.tokens)
+            given = batch
+            if method.lmbda:
+                given = drawn(student, teacher, examples, chosen, method, seed=len(body))
+            actions = method.select(given.teacher_hidden, heads[1], given.tokens)
             selected = time.perf_counter()
-            forward(student, *heads, batch, method, actions)[0].backward()
+            forward(student, *heads, given, method, actions)[0].backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             done = time.perf_counter()
-            found = {"live": done - began + (body if method.needs_teacher else 0.0)}
-            if actions is not None:
+            alone = not method.needs_teacher or method.lmbda > 0
+            found = {"live": done - began + (0.0 if alone else body[-1])}
+            if actions is not None and not method.needs_live_teacher:
                 found["cache"] = done - selected
             for way, seconds in found.items():
                 times[name].setdefault(way, []).append(seconds)

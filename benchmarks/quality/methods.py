@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,10 +41,16 @@ class Method:
     lm_weight: float = 0.0
     options: tuple[tuple[str, Any], ...] = ()
     """of the op, beside ``SET``."""
+    lmbda: float = 0.0
+    """probability that a sequence is the student's own answer, which a live teacher scores."""
 
     @property
     def needs_teacher(self) -> bool:
         return self.objective is not None or self.dense is not None
+
+    @property
+    def needs_live_teacher(self) -> bool:
+        return self.dense is not None or self.lmbda > 0
 
     def select(self, teacher_hidden: Tensor, teacher: Head, tokens: Tensor) -> ops.ActionSet | None:
         """The action sets of N rows; None for a method that has none."""
@@ -188,6 +194,10 @@ METHODS: dict[str, Method] = {
         KL + 0.5 * IQLearn(alpha=2.0, stop_gradient="next", expectation="teacher"),
         options=P1,
     ),
+    # on the student's own answers
+    "gkd": Method("JSD(0.5), half of the answers the student's", JSD(tail=True), None, 0, P1, 0.5),
+    "opd": Method("reverse KL, the student's answers", ReverseKL(tail=True), None, 0, P1, 1.0),
+    "kl-p1-own": Method("forward KL, half of the answers the student's", KL, None, 0, P1, 0.5),
     "kl-p1+soft": Method(
         "forward KL + 0.1 soft TD, one step, top 64", KL + 0.1 * SoftTD(huber=1.0), options=P1
     ),
@@ -202,4 +212,4 @@ def with_lm(name: str) -> Method:
     method = METHODS[plain]
     if plain == name:
         return method
-    return Method(method.words + " + LM", method.objective, method.dense, 1.0, method.options)
+    return replace(method, words=method.words + " + LM", lm_weight=1.0)

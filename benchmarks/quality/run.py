@@ -57,6 +57,7 @@ class Bench:
                 self.teacher,
                 self.tokenizer,
                 self.work / f"{split}-hidden.npy",
+                args.new_tokens,
             )
             for split, count in (("train", args.examples), ("dev", args.dev))
         )
@@ -100,7 +101,7 @@ class Bench:
             log = json.loads((folder / "log.json").read_text())
         else:
             log = train(
-                student, lm_head(self.teacher), self.train, method, folder,
+                student, self.teacher, self.train, method, folder,
                 steps=steps, size=self.args.batch, rate=rate, seed=seed,
             )  # fmt: skip
         scores = self.judge(student)
@@ -123,7 +124,7 @@ class Bench:
         method = with_lm("sft" if name == WARM else name)
         if not method.needs_teacher:
             return "none"
-        return "live" if method.objective is None else self.args.teacher
+        return "live" if method.needs_live_teacher else self.args.teacher
 
     def steps(self, name: str) -> int:
         """``--steps``, or what the method gets done in ``--minutes``."""
