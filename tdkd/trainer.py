@@ -64,9 +64,10 @@ class TDConfig(SFTConfig):
     The loss of a step is ``imitation_weight * imitation + td_weight * IQ-Learn + lm_weight * LM``,
     or ``objective + lm_weight * LM`` with any sum of the objectives of :mod:`tdkd.objectives`.
     With ``lmbda`` > 0 the student's own answers take the place of some of the data's
-    (``docs/teachers.md``). The defaults are what learned in prototypes: a normalised imitation
-    term, and beside it a small TD term on log-probabilities. With the first two weights 0 the
-    trainer is a plain supervised warm start and needs no teacher.
+    (``docs/teachers.md``). The defaults are what taught the best student in ``docs/quality.md``:
+    forward KL on the 64 likeliest tokens and one bucket for the rest; no TD term beside it did
+    better there, so that ``td_weight`` is 0. With no term at all the trainer is a plain supervised
+    warm start and needs no teacher.
 
     On a machine without an accelerator ``bf16`` defaults to False (TRL's default is True).
     ``torch_compile`` compiles the bodies of student and teacher; heads and losses have kernels of
@@ -88,7 +89,7 @@ class TDConfig(SFTConfig):
     )
     action_top_k: int = field(default=64, metadata={"help": "Cap of an action set."})
     action_top_p: float = field(
-        default=0.8, metadata={"help": "Teacher probability that an action set must reach."}
+        default=1.0, metadata={"help": "Teacher probability that an action set must reach."}
     )
     gamma: float = field(default=0.99, metadata={"help": "Discount of the TD term."})
     q_level: str = field(
@@ -130,7 +131,7 @@ class TDConfig(SFTConfig):
         metadata={"help": "Add a bucket for the mass outside the set to the imitation term."},
     )
     imitation_weight: float = field(default=1.0, metadata={"help": "Weight of the imitation term."})
-    td_weight: float = field(default=0.1, metadata={"help": "Weight of the IQ-Learn term."})
+    td_weight: float = field(default=0.0, metadata={"help": "Weight of the IQ-Learn term."})
     td_phi: str = field(default="chi2", metadata={"help": f"One of {', '.join(PHIS)}."})
     td_alpha: float = field(
         default=1.0, metadata={"help": "Strength of phi (the paper's 0.1 is much stronger)."}

@@ -192,7 +192,7 @@ def config(path, **options):
         "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1,
         "save_strategy": "no", "report_to": "none", "gradient_checkpointing": False,
         "disable_tqdm": True, "use_cpu": True, "normaliser": "exact", "action_top_k": K,
-        "action_top_p": P, "seed": 0, "optim": "sgd",
+        "action_top_p": P, "seed": 0, "optim": "sgd", "td_weight": 0.1,
     }  # fmt: skip
     return TDConfig(output_dir=str(path), **{**defaults, **options})
 

@@ -47,6 +47,8 @@ def config(path, **options):
         "seed": 0,
         "optim": "sgd",
     }
+    if options.get("objective") is None:
+        defaults["td_weight"] = 0.1
     return TDConfig(output_dir=str(path), **{**defaults, **options})
 
 

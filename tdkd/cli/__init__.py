@@ -85,7 +85,7 @@ def _cache(
     action_top_k: Annotated[int, typer.Option(help="cap of an action set")] = 64,
     action_top_p: Annotated[
         float, typer.Option(help="teacher probability that a set must reach")
-    ] = 0.8,
+    ] = 1.0,
     teacher_temperature: Annotated[float, typer.Option(help="divides the teacher's logits")] = 1.0,
     max_length: Annotated[int, typer.Option(help="tokens of an example")] = 1024,
     tail: Annotated[bool, typer.Option(help="keep the mass outside each set")] = True,
