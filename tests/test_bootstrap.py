@@ -392,8 +392,8 @@ def test_distill_goes_on_with_both(tmp_path, tiny_teacher, tiny_student):
     arguments = [
         "--model_name_or_path", tiny_student, "--teacher_model_name_or_path",
         tiny_teacher, "--train_file", data, "--output_dir", tmp_path / "out", "--save_steps", "1",
-        "--td_weight", "0.1", "--target_network", "ema", "--value_head", "true", "--report_to", "none", "--use_cpu",
-        "--per_device_train_batch_size", "2", "--max_steps",
+        "--td_weight", "0.1", "--target_network", "ema", "--value_head", "true", "--report_to",
+        "none", "--use_cpu", "--per_device_train_batch_size", "2", "--max_steps",
     ]  # fmt: skip
     for steps in ("1", "2"):
         distill.run([str(a) for a in [*arguments, steps]])
