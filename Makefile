@@ -20,7 +20,7 @@ help:
 	@echo "make mutants change the code of the ops in one place at a time, and see what the tests see"
 	@echo "             (10 to 30 minutes; goes on where it was; SAMPLE=200 draws so many)"
 	@echo "make bench   time the ops against their rivals; results in benchmarks/results/"
-	@echo "make faults  kill generate, distill and evaluate at random moments, 20 times each (20 min)"
+	@echo "make faults  kill the commands at random moments, 20 times each (25 min)"
 	@echo "make imports seconds that importing tdkd adds to importing torch"
 	@echo "make sanitize      the op tests under AddressSanitizer and UBSan"
 	@echo "make fuzz    the row primitives under libFuzzer: FUZZ_SECONDS=300 JOBS=2"

@@ -1,4 +1,4 @@
-"""Kills generate, distill and evaluate at random moments, and holds what follows to a quiet run.
+"""Kills the commands at random moments, and holds what follows to a quiet run.
 
 For each command: a run that nobody disturbs, then rounds. A round starts from nothing, sends
 SIGKILL to the process group at a moment drawn from a seed (one moment from each equal part of the
@@ -113,7 +113,7 @@ def _forked(args: list[str], log: Path) -> int:
 
 
 def prepare(work: Path) -> list[Job]:
-    """Models, data and settings; the three commands."""
+    """Models, data and settings; the commands."""
     sys.path.insert(0, str(ROOT / "tests"))
     import tiny
 
@@ -166,6 +166,17 @@ def prepare(work: Path) -> list[Job]:
                 "--temperature 1".split()
             ),
             lambda out: {path.name: path.read_text() for path in out.iterdir()},
+        ),
+        Job(
+            "cache",
+            lambda out: (
+                f"cache --model {teacher} --data {data} --output {out}/sets --shard-examples 2 "
+                "--batch-size 1 --action-top-k 8 --device cpu".split()
+            ),
+            lambda out: {
+                path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in (out / "sets").iterdir()
+            },
         ),
     ]
 
@@ -337,7 +348,7 @@ def rounds_of(job: Job, args: argparse.Namespace, work: Path) -> tuple[int, int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--only", choices=("generate", "distill", "evaluate"))
+    parser.add_argument("--only", choices=("generate", "distill", "evaluate", "cache"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fork", action="store_true")
     args = parser.parse_args()
