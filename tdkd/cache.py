@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -148,7 +147,7 @@ def finished(folder: Path, number: int) -> dict[str, Any] | None:
     if not path.exists() or not path.with_suffix(".json").exists():
         return None
     told: dict[str, Any] = records.read_json(path.with_suffix(".json"))
-    return told if _sha256(path) == told["sha256"] else None
+    return told if file_hash(path) == told["sha256"] else None
 
 
 def write_manifest(folder: Path, shards: list[dict[str, Any]], **settings: Any) -> Manifest:
@@ -193,7 +192,7 @@ class Cache:
         for shard in self.manifest.shards:
             file = self.path / shard["file"]
             size = file.stat().st_size if file.is_file() else None
-            if size != shard["bytes"] or (verify and _sha256(file) != shard["sha256"]):
+            if size != shard["bytes"] or (verify and file_hash(file) != shard["sha256"]):
                 got = "no such file" if size is None else f"{size} bytes of another checksum"
                 raise UserError(
                     f"{argument}: expected the {shard['bytes']} bytes of {file} that the manifest "
@@ -263,7 +262,7 @@ class Cache:
             UserError: its content is another.
         """
         data = self.manifest.data
-        if _sha256(Path(file)) != data["sha256"]:
+        if file_hash(Path(file)) != data["sha256"]:
             raise UserError(
                 f"{argument}: expected the content of {data['name']} as {self.path} was made from "
                 f"({data['sha256'][:12]}), got {file} with another"
@@ -427,14 +426,17 @@ def folder_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """sha256 of a file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(
-            f"expected to read {path}, got {error.strerror or os.strerror(error.errno or 0)}"
-        ) from error
+        raise UserError(f"expected to read {path}, got {error.strerror or error}") from error
 
 
 def _lists(values: list[Array], kind: pa.DataType) -> pa.ListArray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -296,7 +295,7 @@ def _tell(made: cache.Cache, rate: str) -> None:
 
 
 def _data(path: Path) -> dict[str, str]:
-    return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"name": path.name, "sha256": cache.file_hash(path)}
 
 
 def _processes(device: str | None) -> PartialState:
