@@ -129,6 +129,25 @@ def test_equal_minutes(script, folders, runs):
     assert ("sft", "none") in steps
 
 
+def test_the_picture_shows_each_method_at_its_best_rate(script):
+    import report
+
+    def run(method, rate, kl, seed=1, minutes=3.0, start="warm"):
+        return {
+            "method": method, "rate": rate, "seed": seed, "minutes": minutes, "start": start,
+            "teacher": "live", "scores": {"kl": kl},
+        }  # fmt: skip
+
+    runs = [
+        run("warm", 1e-3, 3.0, seed=0, minutes=None, start="cold"),
+        run("a", 1e-3, 2.0), run("a", 1e-4, 1.0), run("a", 1e-4, 0.5, seed=2),
+        run("b", 1e-3, 1.5), run("c", 1e-3, 0.1, minutes=None),
+    ]  # fmt: skip
+    assert [(r["method"], r["rate"]) for r in report.of_interest(runs)] == [
+        ("warm", 1e-3), ("a", 1e-4), ("b", 1e-3),
+    ]  # fmt: skip
+
+
 def test_a_killed_run_goes_on_where_it_was(script, folders, runs, monkeypatch, tmp_path):
     import learn
     from methods import with_lm

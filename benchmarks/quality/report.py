@@ -66,8 +66,7 @@ def picture(runs: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    chosen = [r for r in runs if r["start"] == "warm" or r["method"] in ("warm", "teacher")]
-    chosen = [r for r in chosen if r["method"] != "teacher"]
+    chosen = of_interest(runs)
     figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
     middle = [(low + high) / 2 for low, high in POSITIONS]
     for run in chosen:
@@ -79,7 +78,7 @@ def picture(runs: list[dict[str, Any]], path: Path) -> None:
         xlabel="token of the answer",
         ylabel="nats",
     )
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, loc="upper right")
     names = [_label(run) for run in chosen]
     axes[1].barh(names, [run["scores"]["acceptance"] for run in chosen])
     axes[1].set(title="acceptance on the teacher's answers")
@@ -92,6 +91,20 @@ def picture(runs: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def of_interest(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The warm student, and of each method the run of the first seed at its best rate; at equal
+    wall-clock, where there are such."""
+    warm = [run for run in runs if run["start"] == "warm"]
+    equal = [run for run in warm if run["minutes"]] or warm
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    first = min((run["seed"] for run in equal), default=0)
+    for run in sorted(equal, key=lambda run: run["scores"]["kl"]):
+        if run["seed"] == first:
+            best.setdefault((run["method"], run["teacher"]), run)
+    return [*(run for run in runs if run["method"] == "warm"), *best.values()]
+
+
 def _label(run: dict[str, Any]) -> str:
-    seed = f" seed {run['seed']}" if run["seed"] > 1 else ""
-    return f"{run['method']} {run['rate']:g} x {run['steps']}{seed}"
+    if run["method"] == "warm":
+        return "warm student"
+    return f"{run['method']}, {run['steps']} steps, {run['teacher']} teacher"
