@@ -140,14 +140,19 @@ def shard_name(number: int) -> str:
     return f"sets-{number:05d}.arrow"
 
 
-def finished(folder: Path, number: int) -> dict[str, Any] | None:
-    """What :func:`write_shard` told of a shard that is there, None of one that is not, or is no
-    longer what it was."""
+def told_of(folder: Path, number: int) -> dict[str, Any] | None:
+    """What :func:`write_shard` told of a shard; None where there is none."""
     path = folder / shard_name(number)
     if not path.exists() or not path.with_suffix(".json").exists():
         return None
     told: dict[str, Any] = records.read_json(path.with_suffix(".json"))
-    return told if file_hash(path) == told["sha256"] else None
+    return told
+
+
+def finished(folder: Path, number: int) -> bool:
+    """Whether a shard is there, and still what it was."""
+    told = told_of(folder, number)
+    return told is not None and file_hash(folder / shard_name(number)) == told["sha256"]
 
 
 def write_manifest(folder: Path, shards: list[dict[str, Any]], **settings: Any) -> Manifest:

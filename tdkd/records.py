@@ -265,6 +265,21 @@ def read_json(path: Path) -> Any:
         raise UserError(f"output: expected JSON in {path}, got {error}") from error
 
 
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Holds the settings of a command to those that its output was begun with.
+
+    Raises:
+        UserError: one of them is another.
+    """
+    before = read_json(path)
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"{name}: expected {before.get(name)!r} as in {path}, got {value!r}; choose "
+                "another --output to start afresh"
+            )
+
+
 def _write(handle: int, content: bytes) -> None:
     """All of the content, on disk when this returns; a disk may take it in parts."""
     left = memoryview(content)

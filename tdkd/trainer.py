@@ -844,7 +844,8 @@ class TDTrainer(SFTTrainer):
 
 def _opened_cache(args: TDConfig) -> Cache:
     """The cache, if its sets are those that the configuration asks for."""
-    cache = Cache(args.teacher_cache or "")
+    # one process reads it all for the checksums
+    cache = Cache(args.teacher_cache or "", verify=args.process_index == 0)
     for name in ("action_top_k", "action_top_p", "teacher_temperature"):
         kept, wanted = getattr(cache.manifest, name), getattr(args, name)
         if kept != wanted:

@@ -96,7 +96,7 @@ def test_sets_are_those_of_the_live_teacher(made, tiny_teacher):
         assert torch.equal(got.count, expected.count)
         wanted = torch.where(got.valid, expected.log_probs, 0.0)
         tail = 1 - expected.mass
-        entropy = -(expected.mass * 0 + (wanted.exp() * wanted * got.valid).sum(-1))
+        entropy = -(wanted.exp() * wanted * got.valid).sum(-1)
         entropy = entropy - torch.xlogy(tail.clamp(min=0), tail.clamp(min=1e-12))
         bound = 1.02 * unit * (wanted.abs() + entropy[:, None]) + 2e-6
         off = (torch.where(got.valid, got.log_probs, 0.0).double() - wanted).abs()
@@ -104,7 +104,10 @@ def test_sets_are_those_of_the_live_teacher(made, tiny_teacher):
         assert off.max() > 0
         # the tail is as good as the rest, however small
         rest = torch.log1p(-got.log_probs.double().exp().sum(-1))
-        assert ((rest - tail.log()).abs() < 1e-2 + unit * tail.log().abs()).all()
+        noise = 4 * torch.finfo(torch.float32).eps / tail
+        assert (
+            (rest - tail.log()).abs() <= 1.02 * unit * (tail.log().abs() + entropy) + noise
+        ).all()
         states += len(where)
     assert states == made.manifest.states
     assert made.manifest.members == sum(
@@ -180,7 +183,9 @@ def test_ragged_sets_come_back(tmp_path, log_probs, tail, vocab_size):
         assert (got.ids[row, count:] == -1).all()
         assert (got.log_probs[row, count:] == -torch.inf).all()
         off = np.abs(got.log_probs[row, :count].numpy() - np.maximum(wanted, caches.LOWEST))
-        assert (off <= 2 * unit * (np.abs(np.maximum(wanted, caches.LOWEST)) + 2)).all()
+        # eight outcomes at most have an entropy of log 8
+        most = 1.02 * unit * (np.abs(np.maximum(wanted, caches.LOWEST)) + np.log(8))
+        assert (off <= most).all()
     assert (got.mass <= 1 + 1e-6).all()
     taken = np.concatenate([x.input_ids[x.mask] for x in examples])
     assert (read.tokens(order) == taken[order]).all()
@@ -211,7 +216,7 @@ LAYOUTS = {
     "padded": {},
     "short": {"max_length": 24},
     "end": {"max_length": 24, "truncation_mode": "keep_end"},
-    "packed": {"packing": True, "max_length": 60, "attn_implementation": True},
+    "packed": {"packing": True, "max_length": 60},
     "wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 40},
     "target network": {"target_network": "ema", "value_head": True},
     "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
@@ -223,9 +228,7 @@ def test_a_student_learns_what_it_learns_from_the_live_teacher(
     made, tmp_path, tiny_teacher, tiny_student, data, layout
 ):
     """The same parameters after two steps, but for what two bytes cannot hold of a probability."""
-    options = dict(LAYOUTS[layout])
-    if options.pop("attn_implementation", False):
-        options["padding_free"] = False
+    options = LAYOUTS[layout]
     tokenizer = load_tokenizer(tiny_student)
     live = TDTrainer(
         load_model(tiny_student), str(tiny_teacher), config(tmp_path / "live", **options),
@@ -235,11 +238,13 @@ def test_a_student_learns_what_it_learns_from_the_live_teacher(
     cached = cached_trainer(tmp_path / "cached", tiny_student, made, **options)
     assert cached.teacher is None
     before = [p.detach().clone() for p in live.model.parameters()]
-    if layout in ("short", "end", "wrapped"):
-        # a live teacher sees the cut text, the cache kept sets of the whole one
+    if layout in ("end", "wrapped"):
+        # what is cut at its beginning is another text to a live teacher
         _same_tokens(live, cached)
         cached.train()
-        assert all(np.isfinite(entry.get("loss", 0.0)) for entry in cached.state.log_history)
+        losses = [entry["loss"] for entry in cached.state.log_history if "loss" in entry]
+        assert len(losses) == 2
+        assert np.isfinite(losses).all()
         return
     live.train()
     cached.train()
@@ -248,7 +253,9 @@ def test_a_student_learns_what_it_learns_from_the_live_teacher(
         moved = max(moved, (a.detach() - old).abs().max().item())
         off = max(off, (a - b).detach().abs().max().item())
     assert moved > 1e-4
-    assert off < 2.0**-10 * moved
+    # Rounding moves a row's probabilities by 2 u H in all, H at most log(K + 2) with the tail; two
+    # random models share little mass, so that the row's gradient is of size 1.
+    assert off < 2 * 2.0**-11 * np.log(K + 2) * moved
 
 
 def _same_tokens(live, cached):
@@ -260,20 +267,19 @@ def _same_tokens(live, cached):
         assert (b["action_ids"][~held] == -1).all()
 
 
-def test_shuffling_filtering_and_streaming_carry_the_sets(made):
-    def collect(examples):
-        return sum(examples, [])
+def joined(examples):
+    columns = {name: [x[name] for x in examples] for name in examples[0]}
+    return {name: torch.tensor(sum(column, [])) for name, column in columns.items()}
 
+
+def test_shuffling_filtering_and_streaming_carry_the_sets(made):
     whole = {tuple(x["labels"]): x for x in made.dataset()}
     moved = made.dataset().shuffle(seed=3).filter(lambda x: len(x["input_ids"]) % 2)
     assert 0 < len(moved) < len(whole)
     streamed = list(made.dataset(streaming=True))
     assert len(streamed) == len(whole)
-    inner = lambda examples: {  # noqa: E731
-        name: torch.tensor(collect([x[name] for x in examples])) for name in examples[0]
-    }
-    collate = pickle.loads(pickle.dumps(Collator.__new__(Collator)))
-    collate.inner, collate.cache = inner, pickle.loads(pickle.dumps(made))
+    # as a worker of a data loader that is spawned gets it
+    collate = pickle.loads(pickle.dumps(Collator(joined, made)))
     for x in [*moved, *streamed]:
         assert whole[tuple(x["labels"])]["input_ids"] == x["input_ids"]
         batch = collate([x])
@@ -341,7 +347,7 @@ def test_processes_share_the_work(tmp_path, tiny_teacher, data):
 
 def test_another_teacher_or_option_does_not_go_on(tmp_path, tiny_teacher, tiny_student, data):
     run(tmp_path / "c", model=tiny_teacher, data=data)
-    with pytest.raises(UserError, match=r"action-top-k: expected 6 as in .*, got 5; choose"):
+    with pytest.raises(UserError, match=r"action_top_k: expected 6 as in .*, got 5; choose"):
         run(tmp_path / "c", model=tiny_teacher, data=data, action_top_k=5)
     with pytest.raises(UserError, match=r"teacher: expected .*; choose another --output"):
         run(tmp_path / "c", model=tiny_student, data=data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,7 +78,8 @@ def run(
                 "teacher-temperature: expected 1 beside --served, whose log-probabilities are what "
                 f"they are, got {teacher_temperature}"
             )
-        _of_a_server(Path(served), load_tokenizer(tokenizer, chat=True), folder, shared)
+        student = load_tokenizer(tokenizer, chat=True)
+        _of_a_server(Path(served), student, folder, shared, shard_examples)
         return
     if model is None or data is None:
         raise UserError("model: expected --model and --data, or --served, got neither")
@@ -107,7 +109,7 @@ def run(
         task = progress.add_task("examples", total=len(prepared))
         for number, start in mine:
             chosen = range(start, min(start + shard_examples, len(prepared)))
-            if cache.finished(folder, number) is not None:
+            if cache.finished(folder, number):
                 progress.update(task, advance=len(chosen))
                 continue
             examples = made(
@@ -222,7 +224,11 @@ def _examples(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
 
 
 def _of_a_server(
-    path: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, shared: dict[str, Any]
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    shared: dict[str, Any],
+    shard_examples: int,
 ) -> None:
     """A cache of the log-probabilities that a serving engine returned."""
     settings = {
@@ -232,18 +238,13 @@ def _of_a_server(
         "data": _data(path),
         "vocab_size": len(tokenizer),
     }
-    _begin(folder, settings)
+    _begin(folder, {**settings, "shard_examples": shard_examples})
     examples = logprobs.read(
         path, tokenizer, k=shared["action_top_k"], top_p=shared["action_top_p"],
         max_length=shared["max_length"],
     )  # fmt: skip
-    number, part = 0, []
-    for example in examples:
-        part.append(example)
-        if len(part) == 1024:
-            _write(folder, number, part, settings)
-            number, part = number + 1, []
-    if part or not number:
+    number = 0
+    while part := list(islice(examples, shard_examples)):
         _write(folder, number, part, settings)
         number += 1
     _finish(folder, number, settings, "")
@@ -261,13 +262,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
     records.check_directory(folder, "output")
     place = folder / SETTINGS
     if place.exists():
-        before = records.read_json(place)
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"{name.replace('_', '-')}: expected {before.get(name)!r} as in {place}, got "
-                    f"{value!r}; choose another --output to start afresh"
-                )
+        records.check_settings(place, settings)
     elif any(folder.iterdir()):
         raise UserError(f"output: expected a new folder or one of tdkd cache, got {folder}")
     else:
@@ -275,7 +270,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _finish(folder: Path, shards: int, settings: dict[str, Any], rate: str) -> None:
-    told = [cache.finished(folder, number) for number in range(shards)]
+    told = [cache.told_of(folder, number) for number in range(shards)]
     lost = [cache.shard_name(number) for number, x in enumerate(told) if x is None]
     if lost:
         raise UserError(f"output: expected {', '.join(lost)} in {folder}, got none; run it again")

@@ -266,13 +266,7 @@ def _batch_seed(seed: int, stage: str, batch: int) -> int:
 def _same_settings(out: Path, settings: dict[str, Any]) -> None:
     path = _settings_path(out)
     if path.exists():
-        before = records.read_json(path)
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"{name}: expected {before.get(name)!r} as in {path}, got {value!r}; choose "
-                    "another --output to start afresh"
-                )
+        records.check_settings(path, settings)
     elif out.exists():
         raise UserError(f"output: expected a new file or one of tdkd generate, got {out}")
 
