@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+import ranks
 import torch
 from safetensors.torch import load_file
 from test_trainer import Batches, config, conversations, losses, trainer
@@ -349,13 +350,7 @@ def test_a_student_in_shards_is_refused(name, value):
 
 
 def _ddp_worker(rank, world, port, folder, teacher, student):
-    import os
-
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )  # fmt: skip
-    torch.set_num_threads(1)
+    ranks.join(rank, world, port)
     run = trainer(
         folder, teacher, student, per_device_train_batch_size=8 // world, max_steps=2, **TD, **BOTH
     )
@@ -366,14 +361,7 @@ def _ddp_worker(rank, world, port, folder, teacher, student):
 
 
 def test_two_processes_equal_one(tmp_path, tiny_teacher, tiny_student):
-    import socket
-
-    import torch.multiprocessing as mp
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_ddp_worker, (2, port, tmp_path, tiny_teacher, tiny_student), nprocs=2)
+    ranks.start(_ddp_worker, tmp_path, tiny_teacher, tiny_student)
     run = trainer(
         tmp_path, tiny_teacher, tiny_student, per_device_train_batch_size=8, max_steps=2, **TD,
         **BOTH,

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 import yaml
 from test_trainer import Batches, conversations, losses, trainer
@@ -699,13 +700,7 @@ def test_a_gpus_clock_is_read_at_the_log(monkeypatch):
 
 
 def _worker(rank, world, port, folder, teacher, student):
-    import os
-
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )  # fmt: skip
-    torch.set_num_threads(1)
+    ranks.join(rank, world, port)
     run = online_run(
         folder, teacher, student, lmbda=0.5, per_device_train_batch_size=2, max_steps=4,
         replay_size=4, replay_ratio=0.5, save_strategy="steps", save_steps=4,
@@ -721,14 +716,7 @@ def _worker(rank, world, port, folder, teacher, student):
 
 def test_two_processes_answer_by_themselves(tmp_path, tiny_teacher, tiny_student):
     """What weighs and what is logged counts the answers of both."""
-    import socket
-
-    import torch.multiprocessing as mp
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_worker, (2, port, tmp_path, tiny_teacher, tiny_student), nprocs=2)
+    ranks.start(_worker, tmp_path, tiny_teacher, tiny_student)
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
     assert same(one[2], two[2])
     data = one[4]
