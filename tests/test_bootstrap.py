@@ -367,11 +367,9 @@ def test_two_processes_equal_one(tmp_path, tiny_teacher, tiny_student):
         **BOTH,
     )  # fmt: skip
     run.train()
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-    same(*ranks, rtol=0, atol=0)
-    same(
-        ranks[0], [*run.model.parameters(), *run.target.network.parameters()], rtol=1e-3, atol=1e-5
-    )
+    both = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    same(*both, rtol=0, atol=0)
+    same(both[0], [*run.model.parameters(), *run.target.network.parameters()], rtol=1e-3, atol=1e-5)
 
 
 def test_distill_goes_on_with_both(tmp_path, tiny_teacher, tiny_student):
