@@ -289,6 +289,20 @@ def test_shuffling_filtering_and_streaming_carry_the_sets(made):
         assert torch.equal(batch["action_log_probs"], expected.log_probs)
 
 
+def test_a_shard_is_a_data_set(made):
+    """As the docs of tdkd.cache say: without our reader too."""
+    from datasets import Dataset
+
+    shard = Dataset.from_file(str(made.path / "sets-00000.arrow"))
+    assert len(shard) == 4
+    example = shard[0]
+    got = made.sets(np.arange(len(example["count"])))
+    assert example["count"] == got.count.tolist()
+    assert example["ids"] == got.ids[got.valid].tolist()
+    kept = torch.tensor(example["log_probs"])
+    torch.testing.assert_close(kept, got.log_probs[got.valid], rtol=2e-3, atol=2e-3)
+
+
 def test_evaluation_on_a_part_that_is_held_out(made, tmp_path, tiny_student):
     parts = made.dataset().train_test_split(3, seed=0)
     run_ = cached_trainer(
