@@ -49,8 +49,9 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 # One thread a worker: the shapes are small, and two workers with two threads each fight for cores.
+# A test that hangs says where after 15 minutes and fails; the slowest takes one or two.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=5 --timeout 900
 	@echo "==> All tests passed. Next: make demo, then read runs/demo/report.md"
 
 # Cases of other seeds every day; a failure prints the command that gives it again.

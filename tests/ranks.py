@@ -1,10 +1,15 @@
 """Two processes of one run, as ``torchrun`` would start them."""
 
+import faulthandler
 import os
 import socket
+import sys
 
 import torch
 import torch.multiprocessing as mp
+
+DEADLINE = 300
+"""seconds after which a process that has not ended says where it stands, and ends."""
 
 
 def join(rank, world, port):
@@ -16,9 +21,28 @@ def join(rank, world, port):
     torch.set_num_threads(1)
 
 
+def _bounded(rank, worker, *args):
+    """A worker that cannot wait for the other for ever.
+
+    It leaves without the interpreter's teardown, where threads of gloo and of the tokenizers may
+    still wait for each other when all that is tested is done.
+    """
+    faulthandler.dump_traceback_later(DEADLINE, exit=True)
+    worker(rank, *args)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def start(worker, *args):
     """``worker(rank, 2, port, *args)`` in two processes, until both have ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(worker, (2, port, *args), nprocs=2)
+    running = mp.spawn(_bounded, (worker, 2, port, *args), nprocs=2, join=False)
+    try:
+        while not running.join():
+            pass
+    finally:
+        for process in running.processes:
+            process.kill()
