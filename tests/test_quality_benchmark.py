@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on_where_it_was(script, folders, runs, monkeypatch, t
     import learn
     from methods import with_lm
 
-    bench = script.Bench(script.parse(arguments(folders)))
+    bench = script.Bench(script.options_of("").parse_args(arguments(folders)))
     whole = tmp_path / "whole"
     cut = tmp_path / "cut"
     logs = []
@@ -188,7 +188,7 @@ def test_own_answers_are_the_students_and_the_teacher_scores_them(script, folder
     import learn
     from methods import METHODS
 
-    bench = script.Bench(script.parse(arguments(folders)))
+    bench = script.Bench(script.options_of("").parse_args(arguments(folders)))
     student = bench.student("cold")
     chosen = [0, 3, 5]
     given = student, bench.teacher, bench.train, chosen
@@ -221,3 +221,24 @@ def test_unknown_methods_are_named(script):
         with_lm("magic")
     assert with_lm("kl-tail+lm").lm_weight == 1
     assert with_lm("kl-tail").lm_weight == 0
+
+
+def test_gradients_beside_those_of_the_kl(script, folders, runs):
+    import gradients
+    from methods import FAMILY
+
+    gradients.main([*arguments(folders), "--methods", "kl-full", "sft", "published", *FAMILY])
+    rows = json.loads((folders / "out" / "gradients.json").read_text())["rows"]
+    assert {row["start"] for row in rows} == {"cold", "warm"}
+    for start in ("cold", "warm"):
+        found = {row["method"]: row for row in rows if row["start"] == start}
+        assert found["kl-full"]["kl"] == pytest.approx(1, abs=1e-5)
+        assert found["kl-full"]["length"] == pytest.approx(1, rel=1e-5)
+        assert found["sft"]["cross_entropy"] == pytest.approx(1, abs=1e-5)
+        assert found["entropy (reference)"]["entropy"] == pytest.approx(1, abs=1e-5)
+        # what lowers the KL brings mass to the set
+        assert found["kl-full"]["mass"] > 0
+        assert set(FAMILY) < set(found)
+    # through V' it is another gradient
+    flow, stop = (found[f"iq-logit-0.1-token-{way}"] for way in ("flow", "stop"))
+    assert flow["kl"] != pytest.approx(stop["kl"])

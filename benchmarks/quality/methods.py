@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -111,14 +113,16 @@ def full_kl(student: Tensor, teacher: Tensor, tokens: Tensor, successor: Tensor)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-def published(student: Tensor, teacher: Tensor, tokens: Tensor, successor: Tensor) -> Tensor:
+def published(
+    student: Tensor, teacher: Tensor, tokens: Tensor, successor: Tensor, *, chi2: bool = True
+) -> Tensor:
     """The authors' code on the rows of each response, one sequence at a time."""
     ends = (successor < 0).nonzero().squeeze(-1) + 1
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     padding = -1  # no token: nothing is padded here
     parts = [x.split(sizes) for x in (student, teacher, tokens)]
     losses = [
-        published_loss(s[None], t[None], y[None], pad_token_id=padding)[0] * len(y)
+        published_loss(s[None], t[None], y[None], chi2=chi2, pad_token_id=padding)[0] * len(y)
         for s, t, y in zip(*parts, strict=True)
         if len(y) > 1
     ]
@@ -154,6 +158,9 @@ METHODS: dict[str, Method] = {
         options=LOGIT,
     ),
     "published": Method("the authors' code", dense=published),
+    "published-identity": Method(
+        "the authors' code without chi2", dense=partial(published, chi2=False)
+    ),
     "soft-td": Method("soft TD regression, one step", SoftTD(huber=1.0)),
     # TD beside cloning
     "kl-tail+iq": Method(
@@ -204,12 +211,39 @@ METHODS: dict[str, Method] = {
 }
 
 
+ALPHAS = (0.1, 1.0, 10.0)
+
+
+def family() -> dict[str, Method]:
+    """IQ-Learn's chi2 alone, by level of Q, strength, expectation and gradient through V'."""
+    made = {}
+    for level, alpha, expectation, flow in product(
+        ("logit", "log_prob"), ALPHAS, ("token", "teacher"), ("flow", "stop")
+    ):
+        objective = IQLearn(
+            alpha=alpha, expectation=expectation, stop_gradient="next" if flow == "stop" else None
+        )
+        options = LOGIT if level == "logit" else ()
+        name = f"iq-{level}-{alpha:g}-{expectation}-{flow}"
+        words = f"IQ-Learn chi2, {level}, alpha {alpha:g}, over the {expectation}, {flow}"
+        made[name] = Method(words, objective, options=options)
+    return made
+
+
+FAMILY = family()
+"""What `run.py` runs only where it is named."""
+
+
 def with_lm(name: str) -> Method:
     """A method by its name; ``+lm`` at the end adds the LM loss."""
     plain = name.removesuffix("+lm")
-    if plain not in METHODS:
-        raise SystemExit(f"method: expected one of {', '.join(METHODS)}, +lm or not, got {name}")
-    method = METHODS[plain]
+    known = METHODS | FAMILY
+    if plain not in known:
+        raise SystemExit(
+            f"method: expected one of {', '.join(METHODS)}, one of gradients.py, +lm or not, "
+            f"got {name}"
+        )
+    method = known[plain]
     if plain == name:
         return method
     return replace(method, words=method.words + " + LM", lm_weight=1.0)

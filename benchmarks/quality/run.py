@@ -188,9 +188,10 @@ def _load(student: Any, folder: Path) -> None:
         raise SystemExit(f"{folder}: another model, without {missing} and with {unexpected}")
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def options_of(description: str | None) -> argparse.ArgumentParser:
+    """The options of every script of this folder."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, default=Path("runs/demo"))
@@ -216,11 +217,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/quality")
     parser.add_argument("--time", action="store_true", help="only measure seconds a step")
     parser.add_argument("--report", action="store_true", help="only write table and picture")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse(arguments)
+    args = options_of(__doc__).parse_args(arguments)
     torch.set_num_threads(args.threads)
     if not args.report:
         bench = Bench(args)
