@@ -8,6 +8,7 @@ import torch
 from tdkd import ops
 from tdkd import types as ops_types
 from tdkd.kernels import head, routes
+from tdkd.kernels.batch_vocabulary import reference as batch_vocabulary_reference
 from tdkd.kernels.batch_vocabulary.reference import student_law
 from tdkd.kernels.linear_rows import in_forward
 from tdkd.objectives import LK, LSIQ, CrossEntropy, ForwardKL, IQLearn, ReverseKL, SoftTD
@@ -325,7 +326,9 @@ def test_a_law_is_unbiased_and_draws_what_it_says():
     assert (spreads[0] < 0.5 * spreads[1]).all()  # a law near to the student's own pays
 
 
-def test_the_law_of_a_student_is_its_mean_probabilities():
+@pytest.mark.parametrize("panel", [1 << 14, 7])
+def test_the_law_of_a_student_is_its_mean_probabilities(monkeypatch, panel):
+    monkeypatch.setattr(batch_vocabulary_reference, "LAW_COLUMNS", panel)
     (hidden, weight, bias), tokens, _ = make()
     scale = ops_types.Scale(2.0, 3.0, 0.5)
     state = tokens != -100

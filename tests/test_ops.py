@@ -489,6 +489,29 @@ def test_linear_forms_never_hold_logits_of_all_rows(monkeypatch, normaliser, imp
     assert seen.elements < rows * vocab / 8
 
 
+@pytest.mark.parametrize("law", ["student", None])
+def test_given_sets_need_no_row_of_logits(law):
+    """From a cache nothing grows as rows times vocabulary, the law of the student neither."""
+    from tdkd.kernels.batch_vocabulary.reference import LAW_COLUMNS, LAW_ROWS
+
+    rows, vocab = 70, 300_000
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, 2, generator=generator).requires_grad_()
+    weight = torch.randn(vocab, 2, generator=generator).requires_grad_()
+    ids = torch.randint(vocab // 4, (rows, 4), generator=generator) + torch.arange(4) * (vocab // 4)
+    count = torch.full((rows,), 4, dtype=torch.int32)
+    actions = ops.ActionSet(ids.int(), torch.full((rows, 4), 0.2).log(), count)
+    with LargestTensor() as seen:
+        ops.linear_td_loss(
+            hidden, weight, ids[:, 0], actions=actions, normaliser="batch", law=law,
+            objective=ForwardKL(tail=True), generator=generator,
+        ).loss.backward()  # fmt: skip
+    assert weight.grad.abs().sum() > 0
+    # the head's gradient is as large as the head
+    assert seen.elements <= max(weight.numel(), LAW_ROWS * LAW_COLUMNS)
+    assert seen.elements < LAW_ROWS * vocab / 10
+
+
 # Gradients in float64
 
 

@@ -4,10 +4,13 @@ import torch
 from torch import Tensor
 
 from tdkd.kernels.gather_q.reference import scaled
+from tdkd.kernels.linear_rows.reference import row_chunks
 from tdkd.types import Scale, Vocabulary
 
 LAW_ROWS = 64
 """Rows whose mean probabilities are the law of a student: more of them changed nothing."""
+LAW_COLUMNS = 1 << 14
+"""Columns of which these rows have logits at a time: 4 MB of them."""
 LAW_FLOOR = 0.1
 """Share of that law that is spread evenly, so that no weight exceeds ten times the uniform one."""
 
@@ -16,7 +19,11 @@ def student_law(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Scale, state: Tensor
 ) -> Tensor:
     """Mean probabilities ``[V]`` of a student over some of its rows ``[N, H]``, those that are
-    states, and a floor. Whatever they are, estimates by :func:`batch_vocabulary` stay unbiased."""
+    states, and a floor. Whatever they are, estimates by :func:`batch_vocabulary` stay unbiased.
+
+    Two products with a panel of the head at a time, for log Z and for the probabilities: no row
+    has all its logits at once.
+    """
     hidden, weight = hidden.detach(), weight.detach()
     bias = None if bias is None else bias.detach()
     count, columns = hidden.shape[0], weight.shape[0]
@@ -24,14 +31,28 @@ def student_law(
     if not count:
         return law
     some = torch.arange(min(count, LAW_ROWS), device=hidden.device) * count // min(count, LAW_ROWS)
+    rows, here = hidden[some], state[some].float()
+    panels = list(row_chunks(columns, 1, LAW_COLUMNS))
+
+    def logits(panel: slice) -> Tensor:
+        part = None if bias is None else bias[panel]
+        return _logits(rows, weight[panel], part, scale)
+
+    log_z = torch.stack([logits(panel).logsumexp(-1) for panel in panels]).logsumexp(0)
+    for panel in panels:
+        # a row with NaN has no probabilities to give
+        share = (logits(panel) - log_z[:, None]).exp().nan_to_num(0.0)
+        mean = (share * here[:, None]).sum(0) / here.sum().clamp(min=1.0)
+        law[panel] += (1.0 - LAW_FLOOR) * mean
+    return law
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Scale) -> Tensor:
+    """``[rows, columns]``, float32."""
     with torch.autocast(hidden.device.type, enabled=False):
         given = torch.promote_types(hidden.dtype, weight.dtype)
-        logits = hidden[some].to(given) @ weight.to(given).T
-    logits = scaled(logits.float() if bias is None else logits.float() + bias.float(), scale)
-    here = state[some].float()
-    # a row with NaN has no probabilities to give
-    mean = (logits.softmax(-1).nan_to_num(0.0) * here[:, None]).sum(0) / here.sum().clamp(min=1.0)
-    return law + (1.0 - LAW_FLOOR) * mean
+        logits = (hidden.to(given) @ weight.to(given).T).float()
+    return scaled(logits if bias is None else logits + bias.float(), scale)
 
 
 def batch_vocabulary(
