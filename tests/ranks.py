@@ -22,20 +22,24 @@ def join(rank, world, port):
 
 
 def _bounded(rank, worker, *args):
-    """A worker that cannot wait for the other for ever.
+    """A worker that waits for the other for so long and no longer, and leaves without destructors.
 
-    It leaves without the interpreter's teardown, where threads of gloo and of the tokenizers may
-    still wait for each other when all that is tested is done.
+    Gloo's can wait for ever: the thread that frees a group (the last reference is a DDP model's)
+    joins gloo's threads and keeps the interpreter's lock, for which these wait to free a tensor
+    (pytorch issue 56297).
+    So ``worker`` returns what holds the group, which lives until the process ends.
     """
     faulthandler.dump_traceback_later(DEADLINE, exit=True)
-    worker(rank, *args)
+    _kept = worker(rank, *args)
+    torch.distributed.barrier()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
 def start(worker, *args):
-    """``worker(rank, 2, port, *args)`` in two processes, until both have ended."""
+    """``worker(rank, 2, port, *args)``, which returns its trainer, in two processes, until both
+    have ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
