@@ -122,6 +122,19 @@ def test_gradients_in_forward_take_one_pass_over_the_head(products, objective, q
     agree(grads, expected)
 
 
+def test_chunks_of_a_wide_head_keep_their_rows(monkeypatch, products):
+    leaves, tokens, actions = make()
+    options = {"objective": ForwardKL(tail=True)}
+    monkeypatch.setitem(head.WIDE_COLUMNS, "cpu", VOCAB // 5)  # a chunk of 4 rows becomes one of 20
+    out = loss(leaves, tokens, actions, **options)
+    # times 1, where nothing is left to do, and times 3
+    grads = [torch.autograd.grad(n * out.loss, leaves, retain_graph=n == 1) for n in (1, 3)]
+    assert products == [20, 3, *[20, 3]]
+    _, expected = exact_in_float64(leaves, tokens, actions, lambda o: o.loss, **options)
+    agree(grads[0], expected)
+    agree(grads[1], [3 * x for x in expected])
+
+
 def test_successors_far_away_are_not_worth_it_and_right_all_the_same(products):
     leaves, tokens, actions = make()
     options = {"objective": OBJECTIVES[1], "successor": shuffled(tokens)}

@@ -11,6 +11,10 @@ from tdkd.kernels.linear_rows.reference import row_chunks
 
 CHUNK_ELEMENTS = {"cpu": 11 << 20, "cuda": 1 << 28}
 """Logits that exist at a time: 44 MiB on CPU; on GPUs enough to keep one busy."""
+WIDE_COLUMNS = {"cpu": 1 << 16, "cuda": 1 << 62}
+"""Columns beyond which a chunk keeps its rows, and grows. Each chunk adds to the whole gradient of
+the head, which costs a CPU more than the products where few rows bring it: at 151,936 columns 176
+rows a chunk (102 MiB, of gigabytes that dense logits take) are a fifth faster than 75."""
 PANEL_COLUMNS = {"cpu": 2048, "cuda": 1 << 62}
 """Columns of logits that one product makes. The CPU's library is a fifth slower where a chunk has
 few rows and the head is whole, and not so where the part of the head that it reads stays cached."""
@@ -18,12 +22,12 @@ few rows and the head is whole, and not so where the part of the head that it re
 
 def chunk_rows(device: torch.device, columns: int) -> int:
     """Rows of one chunk of logits."""
-    return max(1, CHUNK_ELEMENTS[device.type] // max(1, columns))
+    return max(1, CHUNK_ELEMENTS[device.type] // max(1, min(columns, WIDE_COLUMNS[device.type])))
 
 
 def chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     """Slices over the rows of ``hidden``, at least one."""
-    return row_chunks(hidden.shape[0], weight.shape[0], CHUNK_ELEMENTS[hidden.device.type])
+    return row_chunks(hidden.shape[0], 1, chunk_rows(hidden.device, weight.shape[0]))
 
 
 class Head:
@@ -76,8 +80,9 @@ class Gradients:
     ) -> None:
         """``wanted``: whether hidden, weight and bias need one; the others stay None."""
         self.hidden = torch.empty_like(hidden, dtype=torch.float32) if wanted[0] else None
-        self.weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        self.weight = torch.empty_like(weight, dtype=torch.float32) if wanted[1] else None
         self.bias = None
+        self._begun = False
         if bias is not None and wanted[2]:
             self.bias = torch.zeros_like(bias, dtype=torch.float32)
 
@@ -93,15 +98,21 @@ class Gradients:
                 else:
                     self.hidden[rows] = product(grad, head.weight)
             if self.weight is not None:
-                given = hidden[rows].to(grad.dtype)
+                given, begun = hidden[rows].to(grad.dtype), int(self._begun)
                 if grad.dtype == torch.float32:
-                    self.weight.addmm_(grad.T, given)
-                else:
+                    # beta = 0 ignores what was there, which is nothing at first
+                    self.weight.addmm_(grad.T, given, beta=begun)
+                elif begun:
                     self.weight += product(grad.T, given)
+                else:
+                    self.weight.copy_(product(grad.T, given))
+        self._begun = True
 
     def result(self, *leaves: Tensor | None, factor: Tensor | None = None) -> list[Tensor | None]:
         """Of the leaves hidden, weight and bias, in their dtypes; times a factor, once."""
         made = []
+        if factor is not None and not factor.is_cuda and float(factor) == 1.0:
+            factor = None  # spares a pass over the head's gradient
         for grad, leaf in zip((self.hidden, self.weight, self.bias), leaves, strict=True):
             if grad is not None and factor is not None:
                 grad.mul_(factor)
