@@ -183,6 +183,16 @@ METHODS: dict[str, Method] = {
     "kl-tail-student": Method("the same by the student's law", KL, options=(*BATCH, LAW)),
     # the 64 likeliest tokens, whatever they hold, and log Z by the student's law
     "kl-p1": Method("forward KL, top 64 and tail bucket", KL, options=P1),
+    "kl-p1-uniform": Method(
+        "forward KL, top 64 and tail bucket, log Z from 1024 uniform columns",
+        KL,
+        options=(("top_p", 1.0), *BATCH),
+    ),
+    "kl-p1-set": Method(
+        "forward KL renormalised on the top 64: no log Z",
+        ForwardKL(),
+        options=(("top_p", 1.0), *LOGIT),
+    ),
     "kl-p1-256": Method("forward KL, top 256 and tail bucket", KL, options=(*P1, ("k", 256))),
     "rkl-p1": Method("reverse KL, top 64 and tail bucket", ReverseKL(tail=True), options=P1),
     "jsd-p1": Method("JSD(0.5), top 64 and tail bucket", JSD(tail=True), options=P1),
