@@ -82,8 +82,13 @@ def test_every_method_learns_from_the_same_tokens(script, runs):
     assert len({by_name[name]["tokens"] for name in METHODS if name not in own}) == 1
     assert all(by_name[name]["teacher"] == "live" for name in own)
     for name in METHODS:
-        assert len(by_name[name]["losses"]) == 2
-        assert by_name[name]["start"] == "warm"
+        run = by_name[name]
+        assert len(run["losses"]) == 2
+        assert run["start"] == "warm"
+        first, last = run["curve"]
+        assert (first["step"], last["step"]) == (1, 2)
+        assert first["tokens"] < last["tokens"] == run["tokens"]
+        assert last["kl"] == pytest.approx(run["scores"]["kl"], rel=1e-5)
     assert by_name["warm"]["start"] == "cold"
     exact = by_name["teacher"]["scores"]
     assert exact["kl"] == pytest.approx(0, abs=1e-6)
@@ -168,7 +173,7 @@ def test_a_killed_run_goes_on_where_it_was(script, folders, runs, monkeypatch, t
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(learn, "_save", killed)
-        how = {"steps": 5, "size": 3, "rate": 1e-2, "seed": 4}
+        how = {"steps": 5, "size": 3, "rate": 1e-2, "seed": 4, "look": bench.look}
         given = bench.teacher, bench.train, with_lm("kl-tail+iq+lm"), folder
         if stops:
             with pytest.raises(KeyboardInterrupt):

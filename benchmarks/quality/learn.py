@@ -6,6 +6,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from tdkd.models import Head, last_hidden_state, lm_head
 from tdkd.ops import ActionSet
 
 CHECKPOINT_SECONDS = 600.0
+LOOKS = 5
+"""Times that a run is judged on its way, evenly, the end included."""
 
 
 def train(
@@ -35,8 +38,12 @@ def train(
     size: int,
     rate: float,
     seed: int,
+    look: Callable[[PreTrainedModel], dict[str, float]],
 ) -> list[dict[str, Any]]:
-    """Trains in place, writes ``model`` and ``log.json`` into the folder, and returns the log."""
+    """Trains in place, writes ``model`` and ``log.json`` into the folder, and returns the log.
+
+    ``look``: scores of the student on its way, under ``scores`` of ``LOOKS`` of the log's steps.
+    """
     student.train()
     parameters = dict(student.named_parameters())
     optimiser = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0, betas=(0.9, 0.95))
@@ -65,6 +72,10 @@ def train(
              "seconds": seconds, **told}
         )  # fmt: skip
         print(f"  {step + 1}/{steps} loss {log[-1]['loss']:.4f} ({seconds:.1f} s)", flush=True)
+        if (step + 1) * LOOKS // steps > step * LOOKS // steps:
+            student.eval()
+            log[-1]["scores"] = look(student)
+            student.train()
         if time.monotonic() - at > CHECKPOINT_SECONDS:
             _save(saved, parameters, optimiser, log)
             at = time.monotonic()

@@ -56,37 +56,58 @@ def write(work: Path, output: Path) -> None:
         told = ["" if run[name] is None else str(run[name]) for name in given]
         row = [*told, *values, rouge]
         print("| " + " | ".join(row) + " |")
-    picture(runs, output.with_suffix(".png"))
+    picture(runs, output.with_suffix(".png"), seconds["seconds"] if seconds else {})
 
 
-def picture(runs: list[dict[str, Any]], path: Path) -> None:
-    """KL by position on the student's own states, and scores beside each other."""
+def picture(runs: list[dict[str, Any]], path: Path, seconds: dict[str, Any]) -> None:
+    """KL by wall-clock and by tokens, KL by position on the student's own states, and scores."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     chosen = of_interest(runs)
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    colours = {_label(run): f"C{i % 10}" for i, run in enumerate(chosen)}
+    figure, axes = plt.subplots(2, 3, figsize=(17, 10), layout="constrained")
+    start = next((run["scores"]["kl"] for run in runs if run["method"] == "warm"), None)
+    for run in chosen:
+        points = run.get("curve") or []
+        if not points or run["start"] != "warm":
+            continue
+        kl = [start, *(point["kl"] for point in points)]
+        way = "cache" if run["teacher"] == "cache" else "live"
+        each = seconds.get(run["method"], {}).get(way)
+        look = {"marker": ".", "color": colours[_label(run)], "label": _label(run)}
+        if each is not None:
+            axes[0, 0].plot([0, *(point["step"] * each for point in points)], kl, **look)
+        axes[0, 1].plot([0, *(point["tokens"] for point in points)], kl, **look)
+    axes[0, 0].set(title="KL on the teacher's answers, by wall-clock", xlabel="s", ylabel="nats")
+    axes[0, 1].set(title="the same by tokens", xlabel="tokens of answers", ylabel="nats")
     middle = [(low + high) / 2 for low, high in POSITIONS]
     for run in chosen:
-        curve = run["scores"]["own_kl_by_position"]
-        shown = [(x, y) for x, y in zip(middle, curve, strict=True) if y is not None]
-        axes[0].plot(*zip(*shown, strict=True), marker="o", label=_label(run))
-    axes[0].set(
+        by_position = run["scores"]["own_kl_by_position"]
+        shown = [(x, y) for x, y in zip(middle, by_position, strict=True) if y is not None]
+        axes[0, 2].plot(
+            *zip(*shown, strict=True), marker=".", label=_label(run), color=colours[_label(run)]
+        )
+    axes[0, 2].set(
         title="KL(teacher || student) on the student's own states",
         xlabel="token of the answer",
         ylabel="nats",
     )
-    axes[0].legend(fontsize=7, loc="upper right")
     names = [_label(run) for run in chosen]
-    axes[1].barh(names, [run["scores"]["acceptance"] for run in chosen])
-    axes[1].set(title="acceptance on the teacher's answers")
+    bars = {"color": [colours[name] for name in names]}
+    axes[1, 0].barh(names, [run["scores"]["acceptance"] for run in chosen], **bars)
+    axes[1, 0].set(title="acceptance on the teacher's answers")
+    axes[1, 1].barh(names, [run["scores"]["own_kl"] for run in chosen], **bars)
+    axes[1, 1].set(title="KL on the student's own states")
     rouge = [run["scores"]["rouge_l"] for run in chosen]
-    axes[2].barh(names, [r["mean"] for r in rouge], xerr=[half(r) for r in rouge])
-    axes[2].set(title="Rouge-L, sampled at temperature 1 (95 %)")
-    for axis in axes[1:]:
+    axes[1, 2].barh(names, [r["mean"] for r in rouge], xerr=[half(r) for r in rouge], **bars)
+    axes[1, 2].set(title="Rouge-L, sampled at temperature 1 (95 %)")
+    for axis in axes[1]:
         axis.tick_params(labelsize=7)
+    for axis in axes[1, 1:]:
+        axis.set_yticklabels([])
     records.write_figure(path, figure)
     plt.close(figure)
 

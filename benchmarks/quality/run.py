@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class Bench:
         else:
             log = train(
                 student, self.teacher, self.train, method, folder,
-                steps=steps, size=self.args.batch, rate=rate, seed=seed,
+                steps=steps, size=self.args.batch, rate=rate, seed=seed, look=self.look,
             )  # fmt: skip
         scores = self.judge(student)
         print(f"   {report.one_line(scores)}", flush=True)
@@ -112,7 +113,8 @@ class Bench:
             "minutes": self.args.minutes, "teacher": self.way(name), "git": environment()["git"],
         }  # fmt: skip
         losses = [x["loss"] for x in log]
-        records.write_whole(result, {**settings, "scores": scores, "losses": losses})
+        made = {**settings, "scores": scores, "losses": losses, "curve": curve(log)}
+        records.write_whole(result, made)
         if name != WARM:
             shutil.rmtree(folder / "model")
 
@@ -154,10 +156,13 @@ class Bench:
             _load(student, self.work / "runs" / title / "model")
         return student
 
+    def look(self, student: Any) -> dict[str, float]:
+        return on_teacher(student, lm_head(self.teacher), self.dev)
+
     def judge(self, student: Any) -> dict[str, Any]:
         student.eval()
         return {
-            **on_teacher(student, lm_head(self.teacher), self.dev),
+            **self.look(student),
             **on_its_own(
                 student, self.teacher, self.tokenizer, self.sets, new_tokens=self.args.new_tokens
             ),
@@ -175,8 +180,18 @@ class Bench:
                     result,
                     {"method": name, "words": name, "rate": 0.0, "seed": 0, "start": start,
                      "steps": 0, "batch": 0, "tokens": 0, "minutes": None, "teacher": "none",
-                     "scores": scores, "losses": []},
+                     "scores": scores, "losses": [], "curve": []},
                 )  # fmt: skip
+
+
+def curve(log: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Scores on the way, by steps and tokens."""
+    tokens = list(accumulate(x["tokens"] for x in log))
+    return [
+        {"step": step + 1, "tokens": tokens[step], **entry["scores"]}
+        for step, entry in enumerate(log)
+        if "scores" in entry
+    ]
 
 
 def _load(student: Any, folder: Path) -> None:
