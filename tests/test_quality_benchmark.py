@@ -155,7 +155,7 @@ def test_the_picture_shows_each_method_at_its_best_rate(script):
 
 def test_a_killed_run_goes_on_where_it_was(script, folders, runs, monkeypatch, tmp_path):
     import learn
-    from methods import with_lm
+    from methods import with_extras
 
     bench = script.Bench(script.options_of("").parse_args(arguments(folders)))
     whole = tmp_path / "whole"
@@ -174,7 +174,7 @@ def test_a_killed_run_goes_on_where_it_was(script, folders, runs, monkeypatch, t
 
         monkeypatch.setattr(learn, "_save", killed)
         how = {"steps": 5, "size": 3, "rate": 1e-2, "seed": 4, "look": bench.look}
-        given = bench.teacher, bench.train, with_lm("kl-tail+iq+lm"), folder
+        given = bench.teacher, bench.train, with_extras("kl-tail+iq+lm"), folder
         if stops:
             with pytest.raises(KeyboardInterrupt):
                 learn.train(bench.student("cold"), *given, **how)
@@ -219,13 +219,86 @@ def test_settings_that_runs_share_must_not_change(script, folders, runs):
         script.main([*arguments(folders), "--batch", "4"])
 
 
-def test_unknown_methods_are_named(script):
-    from methods import with_lm
+def test_methods_by_name_and_by_text(script):
+    from methods import METHODS, with_extras
 
     with pytest.raises(SystemExit, match="method: expected one of sft, .*got magic"):
-        with_lm("magic")
-    assert with_lm("kl-tail+lm").lm_weight == 1
-    assert with_lm("kl-tail").lm_weight == 0
+        with_extras("magic")
+    assert with_extras("kl-tail") == METHODS["kl-tail"]
+    assert with_extras("kl-tail+lm").lm_weight == 1
+    method = with_extras("ForwardKL(tail=True) + 0.1 * LSIQ()+value+lm")
+    assert repr(method.objective).startswith("1 * ForwardKL(tail=True) + 0.1 * LSIQ(")
+    assert (method.value_head, method.lm_weight, method.options) == (
+        True,
+        1.0,
+        METHODS["kl-p1"].options,
+    )
+
+
+def test_the_value_head_learns(script, folders, runs, tmp_path):
+    """It moves, its level is told, and the run's model is without it."""
+    import learn
+    from methods import with_extras
+    from safetensors import safe_open
+
+    bench = script.Bench(script.options_of("").parse_args(arguments(folders)))
+    method = with_extras("ForwardKL(tail=True) + IQLearn(alpha=1.0)+value")
+    how = {"steps": 3, "size": 3, "rate": 1e-2, "seed": 4, "look": bench.look, "looks": 1}
+    student = bench.student("cold")
+    log = learn.train(student, bench.teacher, bench.train, method, tmp_path, **how)
+    assert [entry["state_value"] for entry in log][0] == 0
+    assert log[-1]["state_value"] != 0
+    assert ["scores" in entry for entry in log] == [False, False, True]
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "value" in name]  # noqa: SIM118
+
+
+def test_the_lm_loss_is_of_the_datas_rows(script, folders, runs):
+    import learn
+    from methods import METHODS, with_extras
+
+    from tdkd.models import lm_head
+
+    bench = script.Bench(script.options_of("").parse_args(arguments(folders)))
+    student = bench.student("cold")
+    batch = learn.drawn(student, bench.teacher, bench.train, [0, 1, 2, 3], METHODS["gkd"], seed=3)
+    assert 0 < batch.own.sum() < batch.own.numel()
+    heads = lm_head(student), lm_head(bench.teacher)
+    with torch.no_grad():
+        both = learn.forward(student, *heads, batch, with_extras("gkd+lm"))[0]
+        alone = learn.forward(student, *heads, batch, METHODS["gkd"])[0]
+        hidden = learn.last_hidden_state(student, input_ids=batch.ids, attention_mask=batch.mask)
+        rows = hidden[batch.states][~batch.own]
+        wanted = torch.nn.functional.cross_entropy(
+            rows @ heads[0].weight.T, batch.tokens[~batch.own]
+        )
+    assert (both - alone).item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_what_comes_after_a_state(script):
+    """Ahead, by hand: an answer of three tokens that ended, and one of two that was cut off."""
+    from methods import Ahead
+
+    from tdkd import ops
+
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(5, 7, generator=generator).double() for _ in range(2))
+    tokens = torch.tensor([1, 2, 3, 4, 5])
+    successor = torch.tensor([1, 2, -1, 4, -2])
+    student.requires_grad_()
+    out = ops.td_loss(
+        student, teacher, tokens, objective=Ahead(), k=7, top_p=1.0, successor=successor,
+        reduction="none",
+    )  # fmt: skip
+    log_q, log_p = (
+        x.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1) for x in (student, teacher)
+    )
+    ratio = (log_p - log_q).detach()
+    ahead = torch.tensor([(ratio[1] + ratio[2]) / 2, ratio[2], 0, 0, 0])
+    torch.testing.assert_close(out.loss, -ahead * log_q, check_dtype=False, rtol=1e-6, atol=1e-6)
+    (found,) = torch.autograd.grad(out.loss.sum(), student)
+    (wanted,) = torch.autograd.grad((-ahead * log_q).sum(), student)
+    torch.testing.assert_close(found, wanted, check_dtype=False, rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_beside_those_of_the_kl(script, folders, runs):

@@ -40,8 +40,8 @@ class Batch(NamedTuple):
     """``[N]``."""
     teacher_hidden: Tensor
     """``[N, H_t]``."""
-    position: Tensor
-    """``[N]``: number of the token in its response."""
+    own: Tensor
+    """bool ``[N]``: rows of the student's own answers."""
 
 
 def answers(
@@ -131,8 +131,8 @@ class Examples:
         last = torch.tensor([len(e.completion) for e in part]).cumsum(0) - 1
         # an answer that does not end with EOS was cut off
         successor[last] = torch.where(tokens[last] == self.eos, -1, -2)
-        position = torch.cat([torch.arange(len(e.completion)) for e in part])
-        return Batch(ids, mask, states, tokens, successor, torch.cat(hidden), position)
+        mine = [torch.full((len(e.completion),), at in own) for at, e in enumerate(part)]
+        return Batch(ids, mask, states, tokens, successor, torch.cat(hidden), torch.cat(mine))
 
 
 def order(count: int, size: int, steps: int, seed: int) -> list[list[int]]:

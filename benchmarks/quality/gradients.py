@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from data import Batch, order
 from learn import forward
-from methods import FAMILY, METHODS, SET, Method, with_lm
+from methods import FAMILY, METHODS, SET, Method, with_extras
 from run import Bench, options_of
 from torch import Tensor
 
@@ -89,7 +89,7 @@ def measure(bench: Bench, start: str, names: list[str], size: int) -> list[dict[
 
     rows = [row(f"{name} (reference)", reference) for name, reference in references.items()]
     rows.append(row("kl on other data", of(METHODS["kl-full"], other)))
-    return rows + [row(name, of(with_lm(name))) for name in names]
+    return rows + [row(name, of(with_extras(name))) for name in names]
 
 
 def dot(a: Tensor, b: Tensor) -> float:

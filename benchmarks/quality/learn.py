@@ -18,13 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tdkd import records
+from tdkd.bootstrap import add_value_head, state_value
 from tdkd.cli.generate import sample
 from tdkd.models import Head, last_hidden_state, lm_head
 from tdkd.ops import ActionSet
 
 CHECKPOINT_SECONDS = 600.0
-LOOKS = 5
-"""Times that a run is judged on its way, evenly, the end included."""
 
 
 def train(
@@ -39,12 +38,16 @@ def train(
     rate: float,
     seed: int,
     look: Callable[[PreTrainedModel], dict[str, float]],
+    looks: int = 5,
 ) -> list[dict[str, Any]]:
     """Trains in place, writes ``model`` and ``log.json`` into the folder, and returns the log.
 
-    ``look``: scores of the student on its way, under ``scores`` of ``LOOKS`` of the log's steps.
+    ``look``: scores of the student on its way, under ``scores`` of so many of the log's steps,
+    evenly, the last included.
     """
     student.train()
+    if method.value_head:
+        add_value_head(student, student.config.hidden_size)
     parameters = dict(student.named_parameters())
     optimiser = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0, betas=(0.9, 0.95))
     log: list[dict[str, Any]] = []
@@ -72,7 +75,7 @@ def train(
              "seconds": seconds, **told}
         )  # fmt: skip
         print(f"  {step + 1}/{steps} loss {log[-1]['loss']:.4f} ({seconds:.1f} s)", flush=True)
-        if (step + 1) * LOOKS // steps > step * LOOKS // steps:
+        if (step + 1) * looks // steps > step * looks // steps:
             student.eval()
             log[-1]["scores"] = look(student)
             student.train()
@@ -126,8 +129,9 @@ def forward(
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of one batch, and what there is to tell of it."""
     hidden = last_hidden_state(student, input_ids=batch.ids, attention_mask=batch.mask)
+    rows = hidden[batch.states]
     given = batch.teacher_hidden, teacher, batch.tokens, batch.successor, actions
-    return method.loss(hidden[batch.states], head, *given)
+    return method.loss(rows, head, *given, state_value=state_value(student, rows), own=batch.own)
 
 
 def seconds_a_step(

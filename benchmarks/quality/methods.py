@@ -19,13 +19,16 @@ from tdkd.objectives import (
     JSD,
     ForwardKL,
     IQLearn,
+    Objective,
     ObjectiveLike,
     ReverseKL,
     SkewKL,
     SoftTD,
     TotalVariation,
+    parse,
 )
 from tdkd.published import published_loss
+from tdkd.types import Rows
 
 GAMMA = 0.99
 SET: dict[str, Any] = {"k": 64, "top_p": 0.8}
@@ -45,6 +48,8 @@ class Method:
     """of the op, beside ``SET``."""
     lmbda: float = 0.0
     """probability that a sequence is the student's own answer, which a live teacher scores."""
+    value_head: bool = False
+    """whether the student learns a v(s) beside its policy, ``Q = log pi + v(s)``."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -70,10 +75,14 @@ class Method:
         tokens: Tensor,
         successor: Tensor,
         actions: ops.ActionSet | None = None,
+        state_value: Tensor | None = None,
+        own: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss of N rows ``[N, H]``, and what there is to tell of it.
 
-        ``actions``: what :meth:`select` made, as a cache would give it.
+        ``actions``: what :meth:`select` made, as a cache would give it. ``state_value``: v(s) of
+        the rows, ``[N]``. ``own``: bool ``[N]``, rows of the student's own answers, from whose
+        tokens the LM loss does not learn.
         """
         total = hidden.new_zeros(())
         told: dict[str, float] = {}
@@ -92,18 +101,24 @@ class Method:
                 successor=successor,
                 objective=self.objective,
                 gamma=GAMMA,
+                state_value=state_value,
                 **given,
             )
             total = total + out.loss
             level = given.get("q", "log_prob") == "log_prob"
-            made = diagnostics(out, tokens, successor, log_prob=level, gamma=GAMMA)
+            made = diagnostics(
+                out, tokens, successor, log_prob=level, gamma=GAMMA, state_value=state_value
+            )
             told = {name: value.item() for name, value in made.items()}
         if self.dense is not None:
             with torch.no_grad():
                 wanted = teacher_hidden @ teacher.weight.T
             total = total + self.dense(hidden @ head.weight.T, wanted, tokens, successor)
         if self.lm_weight:
-            total = total + self.lm_weight * lm_cross_entropy(hidden, head, tokens) / len(tokens)
+            if own is not None:
+                hidden, tokens = hidden[~own], tokens[~own]
+            mean = lm_cross_entropy(hidden, head, tokens) / max(1, len(tokens))
+            total = total + self.lm_weight * mean
         return total, told
 
 
@@ -127,6 +142,28 @@ def published(
         if len(y) > 1
     ]
     return torch.stack(losses).sum() / len(tokens)
+
+
+class Ahead(Objective):
+    """What reverse KL of whole answers has beside that of their states (MiniLLM, arXiv 2306.08543,
+    eq. 4 to 6): the policy gradient of the mean of ``log p - log q`` over the rest of the answer.
+
+    For the student's own answers. MiniLLM also mixes the teacher into sampling, with weights and
+    clipping for that.
+    """
+
+    bootstraps = True
+
+    def __call__(self, rows: Rows) -> Tensor:
+        q = rows.taken(rows.q)
+        reward = torch.where(rows.state, rows.taken(rows.log_probs) - q.detach(), 0.0)
+        reward = reward.clamp(min=-20.0)  # a token that the teacher excludes
+        given = {"gamma": 1.0, "lam": 1.0, "impl": "reference"}
+        gain, length = (
+            rows.following(ops.td_target(torch.zeros_like(q), rows.successor, reward=each, **given))
+            for each in (reward, torch.ones_like(reward))
+        )
+        return -gain / length.clamp(min=1.0) * q
 
 
 KL = ForwardKL(tail=True)
@@ -214,6 +251,12 @@ METHODS: dict[str, Method] = {
     # on the student's own answers
     "gkd": Method("JSD(0.5), half of the answers the student's", JSD(tail=True), None, 0, P1, 0.5),
     "opd": Method("reverse KL, the student's answers", ReverseKL(tail=True), None, 0, P1, 1.0),
+    "minillm": Method(
+        "reverse KL of whole answers, half of them the student's (like MiniLLM)",
+        ReverseKL(tail=True) + Ahead(),
+        options=P1,
+        lmbda=0.5,
+    ),
     "kl-p1-own": Method("forward KL, half of the answers the student's", KL, None, 0, P1, 0.5),
     "kl-p1+soft": Method(
         "forward KL + 0.1 soft TD, one step, top 64", KL + 0.1 * SoftTD(huber=1.0), options=P1
@@ -244,16 +287,22 @@ FAMILY = family()
 """What `run.py` runs only where it is named."""
 
 
-def with_lm(name: str) -> Method:
-    """A method by its name; ``+lm`` at the end adds the LM loss."""
-    plain = name.removesuffix("+lm")
-    known = METHODS | FAMILY
-    if plain not in known:
-        raise SystemExit(
-            f"method: expected one of {', '.join(METHODS)}, one of gradients.py, +lm or not, "
-            f"got {name}"
-        )
-    method = known[plain]
-    if plain == name:
-        return method
-    return replace(method, words=method.words + " + LM", lm_weight=1.0)
+def with_extras(name: str) -> Method:
+    """A method by its name, or the one of an objective that the name is the text of, on the top 64.
+
+    At the end ``+value`` adds a value head, and then ``+lm`` the LM loss.
+    """
+    plain, lm = name.removesuffix("+lm"), name.endswith("+lm")
+    plain, value_head = plain.removesuffix("+value"), plain.endswith("+value")
+    method = (METHODS | FAMILY).get(plain)
+    if method is None:
+        try:
+            method = Method(f"{plain}, top 64", parse(plain), options=P1)
+        except ValueError as error:
+            raise SystemExit(
+                f"method: expected one of {', '.join(METHODS)}, one of gradients.py, or the text "
+                f"of an objective, +value, +lm or not, got {name} ({error})"
+            ) from error
+    words = method.words + " + value head" * value_head + " + LM" * lm
+    lm_weight = 1.0 if lm else method.lm_weight
+    return replace(method, words=words, lm_weight=lm_weight, value_head=value_head)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from data import EVAL_SETS, Examples, answers
 from judge import on_its_own, on_teacher
 from learn import seconds_a_step, train
-from methods import METHODS, with_lm
+from methods import METHODS, with_extras
 from safetensors.torch import load_file
 
 from tdkd import records
@@ -87,7 +88,7 @@ class Bench:
 
     def run(self, name: str, rate: float, seed: int, start: str) -> None:
         """One training and its scores, unless they are there."""
-        method = with_lm("sft" if name == WARM else name)
+        method = with_extras("sft" if name == WARM else name)
         steps = self.steps(name)
         title = self.title(name, rate, seed, start)
         folder = self.work / "runs" / title
@@ -104,6 +105,7 @@ class Bench:
             log = train(
                 student, self.teacher, self.train, method, folder,
                 steps=steps, size=self.args.batch, rate=rate, seed=seed, look=self.look,
+                looks=self.args.looks,
             )  # fmt: skip
         scores = self.judge(student)
         print(f"   {report.one_line(scores)}", flush=True)
@@ -119,11 +121,12 @@ class Bench:
             shutil.rmtree(folder / "model")
 
     def title(self, name: str, rate: float, seed: int, start: str) -> str:
-        return f"{name}-{rate:g}-{seed}-{start}-{self.steps(name)}"
+        plain = re.sub(r"[^\w.+-]+", "_", name)  # of the text of an objective
+        return f"{plain}-{rate:g}-{seed}-{start}-{self.steps(name)}"
 
     def way(self, name: str) -> str:
         """How a method comes by its teacher: none, live, or cache where it can."""
-        method = with_lm("sft" if name == WARM else name)
+        method = with_extras("sft" if name == WARM else name)
         if not method.needs_teacher:
             return "none"
         return "live" if method.needs_live_teacher else self.args.teacher
@@ -142,7 +145,7 @@ class Bench:
 
     def time(self, names: list[str]) -> None:
         """Seconds a step of every method, measured in one run on an idle machine."""
-        methods = {name: with_lm(name) for name in names}
+        methods = {name: with_extras(name) for name in names}
         seconds = seconds_a_step(
             self.student(WARM), self.teacher, self.train, methods, size=self.args.batch
         )
@@ -211,13 +214,22 @@ def options_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, default=Path("runs/demo"))
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="+lm adds the LM loss")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        help="names of methods.py, or texts of objectives; +value adds a value head, +lm the LM "
+        "loss",
+    )
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--starts", nargs="+", choices=["cold", WARM], default=[WARM])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument(
         "--minutes", type=float, help="of training, in place of --steps: by the times of --time"
+    )
+    parser.add_argument(
+        "--looks", type=int, default=5, help="times that a run is judged on its way"
     )
     parser.add_argument("--teacher", choices=["cache", "live"], default="cache")
     parser.add_argument("--warm-steps", type=int, default=60)
