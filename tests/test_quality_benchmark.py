@@ -108,6 +108,17 @@ def test_what_is_done_is_not_done_again(script, folders, runs, monkeypatch):
     assert (folders / "out" / "quality.png").stat().st_size > 1000
 
 
+def test_a_run_that_diverges_ends_and_is_told(script, folders, runs, capsys):
+    given = ["--methods", "kl-full", "--rates", "1e30", "--steps", "4"]
+    script.main([*arguments(folders), *given])
+    told = json.loads((folders / "out" / "quality.json").read_text())["runs"]
+    (run,) = [run for run in told if run["rate"] == 1e30]
+    assert run["scores"] is None
+    assert len(run["losses"]) < run["steps"]
+    assert "diverged |" in capsys.readouterr().out
+    assert not list((folders / "work" / "runs").glob("kl-full-live-1e+30*/model"))
+
+
 def test_equal_minutes(script, folders, runs):
     """Each method takes the steps that its measured time allows."""
     names = ["sft", "kl-full", "kl-p1"]

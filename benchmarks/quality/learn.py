@@ -42,6 +42,8 @@ def train(
 ) -> list[dict[str, Any]]:
     """Trains in place, writes ``model`` and ``log.json`` into the folder, and returns the log.
 
+    Where a gradient is not finite it ends early, without ``model``.
+
     ``look``: scores of the student on its way, under ``scores`` of so many of the log's steps,
     evenly, the last included.
     """
@@ -66,7 +68,8 @@ def train(
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         if not math.isfinite(float(norm)):
-            raise FloatingPointError(f"step {step}: gradient norm {float(norm)}")
+            records.write_whole(folder / "log.json", log)
+            return log
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
@@ -150,6 +153,8 @@ def seconds_a_step(
     are there, for methods that know the teacher by its sets alone.
     """
     times: dict[str, dict[str, list[float]]] = {name: {} for name in methods}
+    if any(method.value_head for method in methods.values()):
+        add_value_head(student, student.config.hidden_size)
     body: list[float] = []
     heads = lm_head(student), lm_head(teacher)
     parameters = list(student.parameters())

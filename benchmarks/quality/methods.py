@@ -93,6 +93,10 @@ class Method:
             else:
                 live = {"actions": actions}
                 given = {name: value for name, value in given.items() if name not in SET}
+            weight = None
+            if self.lmbda and own is not None:
+                # what learns from the tokens of the data is a mean over the data's rows
+                weight = torch.where(own, 0.0, own.numel() / (~own).sum().clamp(min=1))
             out = ops.linear_td_loss(
                 hidden,
                 head.weight,
@@ -102,6 +106,7 @@ class Method:
                 objective=self.objective,
                 gamma=GAMMA,
                 state_value=state_value,
+                expert_weight=weight,
                 **given,
             )
             total = total + out.loss
@@ -148,8 +153,8 @@ class Ahead(Objective):
     """What reverse KL of whole answers has beside that of their states (MiniLLM, arXiv 2306.08543,
     eq. 4 to 6): the policy gradient of the mean of ``log p - log q`` over the rest of the answer.
 
-    For the student's own answers. MiniLLM also mixes the teacher into sampling, with weights and
-    clipping for that.
+    0 on the data's answers, where the method has others. MiniLLM also mixes the teacher into
+    sampling, with weights and clipping for that.
     """
 
     bootstraps = True
@@ -163,7 +168,16 @@ class Ahead(Objective):
             rows.following(ops.td_target(torch.zeros_like(q), rows.successor, reward=each, **given))
             for each in (reward, torch.ones_like(reward))
         )
-        return -gain / length.clamp(min=1.0) * q
+        ahead = gain / length.clamp(min=1.0)
+        if rows.expert_weight is not None:
+            ahead = torch.where(rows.expert_weight > 0, 0.0, ahead)
+        return -ahead * q
+
+
+def bellman_distill(student: Tensor, teacher: Tensor, tokens: Tensor, successor: Tensor) -> Tensor:
+    """What the authors train with beside the LM loss: their TD loss and forward KL."""
+    given = student, teacher, tokens, successor
+    return published(*given) + full_kl(*given)
 
 
 KL = ForwardKL(tail=True)
@@ -198,10 +212,11 @@ METHODS: dict[str, Method] = {
     "published-identity": Method(
         "the authors' code without chi2", dense=partial(published, chi2=False)
     ),
+    "published-kd": Method("the authors' code + forward KL", dense=bellman_distill),
     "soft-td": Method("soft TD regression, one step", SoftTD(huber=1.0)),
     # TD beside cloning
     "kl-tail+iq": Method(
-        "forward KL with tail + 0.05 IQ-Learn chi2, alpha 2, stop-gradient (the default)",
+        "forward KL with tail + 0.05 IQ-Learn chi2, alpha 2, stop-gradient (the demo's)",
         KL + 0.05 * IQLearn(alpha=2.0, stop_gradient="next"),
     ),
     "kl-tail+iq-teacher": Method(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def half(rouge: dict[str, float]) -> float:
 
 def results(work: Path) -> list[dict[str, Any]]:
     found = [json.loads(p.read_text()) for p in sorted(work.glob("runs/*/result.json"))]
-    return sorted(found, key=lambda r: (r["start"], r["scores"]["kl"]))
+    return sorted(found, key=lambda r: (r["start"], r["scores"]["kl"] if r["scores"] else math.inf))
 
 
 def write(work: Path, output: Path) -> None:
@@ -50,10 +51,13 @@ def write(work: Path, output: Path) -> None:
     print("| " + " | ".join(head) + " |")
     print("|" + "---|" * len(head))
     for run in runs:
+        told = ["" if run[name] is None else str(run[name]) for name in given]
         scores = run["scores"]
+        if scores is None:
+            print("| " + " | ".join([*told, "diverged"]) + " |")
+            continue
         values = [f"{scores[name]:.3f}" for name in SHOWN]
         rouge = f"{scores['rouge_l']['mean']:.3f} ± {half(scores['rouge_l']):.3f}"
-        told = ["" if run[name] is None else str(run[name]) for name in given]
         row = [*told, *values, rouge]
         print("| " + " | ".join(row) + " |")
     picture(runs, output.with_suffix(".png"), seconds["seconds"] if seconds else {})
@@ -115,7 +119,7 @@ def picture(runs: list[dict[str, Any]], path: Path, seconds: dict[str, Any]) -> 
 def of_interest(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The warm student, and of each method the run of the first seed at its best rate; at equal
     wall-clock, where there are such."""
-    warm = [run for run in runs if run["start"] == "warm"]
+    warm = [run for run in runs if run["start"] == "warm" and run["scores"]]
     equal = [run for run in warm if run["minutes"]] or warm
     best: dict[tuple[str, str], dict[str, Any]] = {}
     first = min((run["seed"] for run in equal), default=0)

@@ -32,7 +32,16 @@ from tdkd.models import lm_head, load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM = "warm"
-SHARED = ("examples", "dev", "prompts", "prompt_tokens", "new_tokens", "batch", "warm_rate")
+SHARED = (
+    "examples",
+    "dev",
+    "prompts",
+    "prompt_tokens",
+    "new_tokens",
+    "batch",
+    "warm_rate",
+    "warm_steps",
+)
 """Options that the results of one folder have in common; the others are in the names of runs."""
 
 
@@ -80,10 +89,10 @@ class Bench:
             records.write_whole(kept, given)
         before = records.read_json(kept)
         for name, value in given.items():
-            if before[name] != value:
+            wanted = before.get(name)
+            if wanted != value:
                 raise SystemExit(
-                    f"{name}: expected {before[name]} as in {kept}, got {value}; choose another "
-                    "--work"
+                    f"{name}: expected {wanted} as in {kept}, got {value}; choose another --work"
                 )
 
     def run(self, name: str, rate: float, seed: int, start: str) -> None:
@@ -107,8 +116,9 @@ class Bench:
                 steps=steps, size=self.args.batch, rate=rate, seed=seed, look=self.look,
                 looks=self.args.looks,
             )  # fmt: skip
-        scores = self.judge(student)
-        print(f"   {report.one_line(scores)}", flush=True)
+        diverged = len(log) < steps
+        scores = None if diverged else self.judge(student)
+        print(f"   {report.one_line(scores) if scores else 'diverged'}", flush=True)
         settings = {
             "method": name, "words": method.words, "rate": rate, "seed": seed, "start": start,
             "steps": steps, "batch": self.args.batch, "tokens": sum(x["tokens"] for x in log),
@@ -118,11 +128,11 @@ class Bench:
         made = {**settings, "scores": scores, "losses": losses, "curve": curve(log)}
         records.write_whole(result, made)
         if name != WARM:
-            shutil.rmtree(folder / "model")
+            shutil.rmtree(folder / "model", ignore_errors=diverged)
 
     def title(self, name: str, rate: float, seed: int, start: str) -> str:
         plain = re.sub(r"[^\w.+-]+", "_", name)  # of the text of an objective
-        return f"{plain}-{rate:g}-{seed}-{start}-{self.steps(name)}"
+        return f"{plain}-{self.way(name)}-{rate:g}-{seed}-{start}-{self.steps(name)}"
 
     def way(self, name: str) -> str:
         """How a method comes by its teacher: none, live, or cache where it can."""
