@@ -263,6 +263,11 @@ METHODS: dict[str, Method] = {
         KL + 0.5 * IQLearn(alpha=2.0, stop_gradient="next", expectation="teacher"),
         options=P1,
     ),
+    "kl-p1+iq-shifted": Method(
+        "forward KL + 0.05 IQ-Learn chi2, alpha 1, Q less its largest, top 64",
+        KL + 0.05 * IQLearn(alpha=1.0),
+        options=(*P1, ("q", "shifted")),
+    ),
     # on the student's own answers
     "gkd": Method("JSD(0.5), half of the answers the student's", JSD(tail=True), None, 0, P1, 0.5),
     "opd": Method("reverse KL, the student's answers", ReverseKL(tail=True), None, 0, P1, 1.0),
