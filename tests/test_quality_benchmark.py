@@ -164,6 +164,25 @@ def test_the_picture_shows_each_method_at_its_best_rate(script):
     ]  # fmt: skip
 
 
+def test_seeds_together(script, capsys):
+    import report
+
+    def run(seed, kl, method="a", steps=100, minutes=3.6):
+        scores = {**dict.fromkeys(report.SHOWN, 1.0), "kl": kl, "rouge_l": {"mean": kl / 10}}
+        return {
+            "method": method, "teacher": "cache", "start": "warm", "rate": 1e-3, "seed": seed,
+            "minutes": minutes, "steps": steps, "scores": scores,
+        }  # fmt: skip
+
+    runs = [run(1, 2.0), run(2, 3.0, steps=103), run(1, 9.0, minutes=None), run(1, 5.0, "b")]
+    (group,) = report.over_seeds([*runs, {**run(2, 5.0, "b"), "scores": None}])
+    assert group["seeds"] == [1, 2]
+    assert group["kl"] == {"mean": 2.5, "sd": pytest.approx(0.5**0.5)}
+    assert group["rouge_l"]["mean"] == pytest.approx(0.25)
+    report.table_over_seeds([group])
+    assert "| a | cache | warm | 0.001 | 3.6 | [1, 2] | 2.500 ± 0.707 |" in capsys.readouterr().out
+
+
 def test_a_killed_run_goes_on_where_it_was(script, folders, runs, monkeypatch, tmp_path):
     import learn
     from methods import with_extras

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from judge import POSITIONS
@@ -45,22 +46,61 @@ def write(work: Path, output: Path) -> None:
     runs = results(work)
     times = work / "times.json"
     seconds = json.loads(times.read_text()) if times.exists() else None
-    write_json(output.with_suffix(".json"), {**environment(), "times": seconds, "runs": runs})
+    told = {"times": seconds, "runs": runs, "over_seeds": over_seeds(runs)}
+    write_json(output.with_suffix(".json"), {**environment(), **told})
     given = ("method", "teacher", "start", "rate", "seed", "minutes", "steps")
     head = [*given, *SHOWN.values(), "Rouge-L"]
     print("| " + " | ".join(head) + " |")
     print("|" + "---|" * len(head))
     for run in runs:
-        told = ["" if run[name] is None else str(run[name]) for name in given]
+        settings = ["" if run[name] is None else str(run[name]) for name in given]
         scores = run["scores"]
         if scores is None:
-            print("| " + " | ".join([*told, "diverged"]) + " |")
+            print("| " + " | ".join([*settings, "diverged"]) + " |")
             continue
         values = [f"{scores[name]:.3f}" for name in SHOWN]
         rouge = f"{scores['rouge_l']['mean']:.3f} ± {half(scores['rouge_l']):.3f}"
-        row = [*told, *values, rouge]
+        row = [*settings, *values, rouge]
         print("| " + " | ".join(row) + " |")
+    table_over_seeds(over_seeds(runs))
     picture(runs, output.with_suffix(".png"), seconds["seconds"] if seconds else {})
+
+
+def over_seeds(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation of every score, of what was run with two seeds or more."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in runs:
+        length = run["minutes"] or f"{run['steps']} steps"
+        key = run["method"], run["teacher"], run["start"], run["rate"], length
+        groups.setdefault(key, []).append(run)
+    made = []
+    for key, found in groups.items():
+        if len(found) < 2 or any(run["scores"] is None for run in found):
+            continue
+        scores = {name: [run["scores"][name] for run in found] for name in SHOWN}
+        scores["rouge_l"] = [run["scores"]["rouge_l"]["mean"] for run in found]
+        made.append(
+            {
+                **dict(zip(("method", "teacher", "start", "rate", "length"), key, strict=True)),
+                "seeds": sorted(run["seed"] for run in found),
+                **{name: {"mean": mean(x), "sd": stdev(x)} for name, x in scores.items()},
+            }
+        )
+    return made
+
+
+def table_over_seeds(groups: list[dict[str, Any]]) -> None:
+    """On stdout, as Markdown: means, and standard deviations over seeds."""
+    if not groups:
+        return
+    given = ("method", "teacher", "start", "rate", "length", "seeds")
+    shown = {**SHOWN, "rouge_l": "Rouge-L"}
+    print("\n| " + " | ".join([*given, *shown.values()]) + " |")
+    print("|" + "---|" * (len(given) + len(shown)))
+    for group in groups:
+        told = [str(group[name]) for name in given]
+        values = [f"{group[name]['mean']:.3f} ± {group[name]['sd']:.3f}" for name in shown]
+        print("| " + " | ".join([*told, *values]) + " |")
 
 
 def picture(runs: list[dict[str, Any]], path: Path, seconds: dict[str, Any]) -> None:
