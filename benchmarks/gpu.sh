@@ -85,7 +85,7 @@ triton_tests() {
     run_pytest tests/test_triton.py "${options[@]}"
 }
 
-# A small loss, forward and backward, under memcheck.
+# Every op once, small, forward and backward, under memcheck.
 sanitizer() {
     local tool=()
     if [[ -z $REHEARSE ]]; then
@@ -103,6 +103,7 @@ import os
 import torch
 
 from tdkd import ops
+from tdkd.objectives import ForwardKL
 
 torch.manual_seed(0)
 device = os.environ["DEVICE"]
@@ -120,6 +121,32 @@ successor[-1] = -1
 ops.td_target(value, successor, lam=0.9, impl="fused").sum().backward()
 ids = torch.randint(5003, (33, 64), device=device, dtype=torch.int32)
 ops.gather_q(student, ids, impl="fused").sum().backward()
+
+# from hidden states and heads; 16 ids are gathered from 5,003, and 64 are not
+ways = (
+    {"objective": ForwardKL(tail=True)},
+    {"objective": ForwardKL(tail=True), "normaliser": "batch", "extra": 256, "law": "student"},
+    {"objective": ForwardKL(tail=True), "reduction": "none", "softcap": 5.0},
+    {"objective": ForwardKL(), "q": "logit"},
+)
+for dtype, mixed in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
+    hidden, head, bias = (
+        torch.randn(*shape, device=device).to(dtype).requires_grad_()
+        for shape in ((33, 96), (5003, 96), (5003,))
+    )
+    options = {"bias": bias, "impl": "fused"}
+    with torch.autocast(device, torch.bfloat16, enabled=mixed):
+        actions = ops.linear_select_actions(
+            hidden, head, 64, 0.9, include=tokens.clamp(min=-1), **options
+        )
+        for way in ways:
+            out = ops.linear_td_loss(hidden, head, tokens, actions=actions, **way, **options)
+            out.loss.sum().backward()
+        for k in (16, 64):
+            ops.linear_gather_q(hidden, head, ids[:, :k], **options).sum().backward()
+        given = ops.linear_log_probs(hidden, head, ids, **options)
+        (given.log_probs.sum() + given.log_tail.sum()).backward()
+    assert all(x.grad.dtype == dtype and x.grad.isfinite().all() for x in (hidden, head, bias))
 print("done:", float(q.grad.sum()))
 PYTHON
 }

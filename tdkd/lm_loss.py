@@ -1,7 +1,8 @@
 """The LM loss from hidden states and a head, by the best kernel that is installed.
 
-On CUDA: Cut Cross-Entropy in half precision, else Liger. Elsewhere, and where neither fits:
-``F.linear_cross_entropy``, or with a softcap (or before torch 2.13) our own ops, in chunks of rows.
+On CUDA: Cut Cross-Entropy in half precision, else Liger. Elsewhere, and where neither is there: our
+own op, cross-entropy being a TD loss on sets of one token. ``F.linear_cross_entropy`` is not used:
+it holds several chunks of logits at a time, and a second gradient of the head.
 """
 
 from __future__ import annotations
@@ -14,17 +15,13 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from tdkd import ops
 from tdkd.models import Head
+from tdkd.objectives import CrossEntropy
 
 logger = logging.getLogger("tdkd")
-
-# Rows of logits that the loss holds at a time, where no kernel does without.
-LM_ROWS = 256
 
 
 def lm_cross_entropy(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
@@ -40,7 +37,7 @@ def lm_cross_entropy(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
 
 def _kernel(hidden: Tensor, head: Head) -> Callable[[Tensor, Head, Tensor], Tensor]:
     if hidden.is_cuda and hidden.shape[0] and hidden.dtype != torch.float64:
-        half = hidden.dtype in (torch.bfloat16, torch.float16)
+        half = _factors(hidden) in (torch.bfloat16, torch.float16)
         cce = _imported("cut_cross_entropy", "linear_cross_entropy")
         # the release on PyPI (25.1.1) knows no bias; no release takes a float32 backward
         biased = head.bias is None or (cce and "bias" in inspect.signature(cce).parameters)
@@ -50,11 +47,13 @@ def _kernel(hidden: Tensor, head: Head) -> Callable[[Tensor, Head, Tensor], Tens
         if _imported("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"):
             _say("Liger")
             return _liger
-    if hasattr(F, "linear_cross_entropy") and head.softcap is None:
-        _say("torch.nn.functional.linear_cross_entropy")
-        return _torch
     _say("tdkd.ops")
     return _ops
+
+
+def _factors(hidden: Tensor) -> torch.dtype:
+    """What kernels of others are given: the dtype of autocast where it is on, else the states'."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
 
 
 @cache
@@ -79,63 +78,45 @@ def _cut_cross_entropy(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
     scaled, weight, bias = _folded(hidden, head)
     if bias is not None:
         options["bias"] = bias
-    return kernel(scaled, weight, tokens, softcap=head.softcap, reduction="sum", **options)
+    with torch.autocast("cuda", enabled=False):  # operands are what they are to be
+        return kernel(scaled, weight, tokens, softcap=head.softcap, reduction="sum", **options)
 
 
 def _liger(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
     kernel = _imported("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
     assert kernel is not None
     scaled, weight, bias = _folded(hidden, head)
-    return kernel(
-        scaled,
-        weight,
-        tokens,
-        bias=bias,
-        softcap=head.softcap,
-        reduction="sum",
-        accum_dtype=torch.float32,
-    )
-
-
-def _torch(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
-    def part(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
-        # torch's own chunks (LinearCrossEntropyOptions) took 7 s where this takes 1.3: 512 rows,
-        # V = 49,152, 2 CPU cores, torch 2.13
-        scaled, weight, bias = _folded(hidden, head)
-        return F.linear_cross_entropy(scaled, weight, tokens, linear_bias=bias, reduction="sum")
-
-    return _in_chunks(part, hidden, head, tokens)
+    with torch.autocast("cuda", enabled=False):
+        return kernel(
+            scaled,
+            weight,
+            tokens,
+            bias=bias,
+            softcap=head.softcap,
+            reduction="sum",
+            accum_dtype=torch.float32,
+        )
 
 
 def _ops(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
-    def part(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
-        options: dict[str, Any] = {
-            "bias": head.bias,
-            "softcap": head.softcap,
-            "logit_scale": head.logit_scale,
-        }
-        q = ops.linear_gather_q(hidden, head.weight, tokens.unsqueeze(-1), **options)
-        return (ops.linear_logsumexp(hidden, head.weight, **options) - q.squeeze(-1)).sum()
-
-    return _in_chunks(part, hidden, head, tokens)
+    taken = tokens.unsqueeze(-1)
+    certain = torch.zeros(taken.shape, device=tokens.device)
+    return ops.linear_td_loss(
+        hidden,
+        head.weight,
+        tokens,
+        actions=ops.ActionSet(taken.int(), certain, torch.ones_like(tokens, dtype=torch.int32)),
+        objective=CrossEntropy(tail=True),
+        gamma=0.0,
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        reduction="sum",
+    ).loss
 
 
 def _folded(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Operands in the dtype of ``hidden``, with the logit scale in them."""
-    bias = None if head.bias is None else head.bias.to(hidden.dtype) * head.logit_scale
-    return hidden * head.logit_scale, head.weight.to(hidden.dtype), bias
-
-
-def _in_chunks(
-    part: Callable[[Tensor, Head, Tensor], Tensor], hidden: Tensor, head: Head, tokens: Tensor
-) -> Tensor:
-    """``LM_ROWS`` rows at a time, computed again in backward."""
-    # cast once, so that the chunks' head gradients add up in float32
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    bias = None if head.bias is None else head.bias.to(dtype)
-    head = head._replace(weight=head.weight.to(dtype), bias=bias)
-    parts = [
-        checkpoint(part, rows.to(dtype), head, taken, use_reentrant=False)
-        for rows, taken in zip(hidden.split(LM_ROWS), tokens.split(LM_ROWS), strict=True)
-    ]
-    return torch.stack(parts).sum()
+    """Operands in one dtype, with the logit scale in them."""
+    dtype = _factors(hidden)
+    bias = None if head.bias is None else head.bias.to(dtype) * head.logit_scale
+    return (hidden * head.logit_scale).to(dtype), head.weight.to(dtype), bias

@@ -5,13 +5,18 @@ Conventions: student before teacher; logits ``[..., V]``, or hidden states ``[..
 ``ignore_index`` marks rows that are no states. Outputs are float32, float64 where the input is.
 
 ``impl="reference"`` is plain PyTorch on any device and defines the op; ``"fused"`` is the kernel
-and raises where there is none; ``"auto"`` takes the kernel where one exists.
+and raises where there is none; ``"auto"`` takes the kernel where one exists, and on a GPU warns
+once where none does.
+
+On GPUs products with a head take their factors in the dtype of autocast, where it is on, as those
+of a linear layer do; results are float32, and gradients until they are given in the leaf's dtype.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Literal, get_args
 
 import torch
@@ -29,6 +34,7 @@ from tdkd.kernels import student_rows as _student_rows
 from tdkd.kernels import td_target as _td_target
 from tdkd.kernels.batch_vocabulary import reference as _batch_vocabulary
 from tdkd.kernels.gather_q import reference as _gather_q_reference
+from tdkd.kernels.head import factor_dtype as _factor_dtype
 from tdkd.kernels.linear_gather_q import reference as _linear_gather_q_reference
 from tdkd.kernels.linear_rows import reference as _linear_rows_reference
 from tdkd.kernels.linear_rows.in_forward import linear_loss
@@ -60,6 +66,8 @@ __all__ = [
     "td_loss",
     "td_target",
 ]
+
+logger = logging.getLogger("tdkd")
 
 Impl = Literal["auto", "reference", "fused"]
 Level = Literal["log_prob", "logit", "shifted"]
@@ -434,8 +442,8 @@ def linear_select_actions(
 ) -> ActionSet:
     """``select_actions(hidden @ weight.T + bias)`` without the ``[N, V]`` logits in memory.
 
-    One chunk of rows has logits at a time, 44 MiB of them on CPU and 1 GiB on a GPU. Products
-    accumulate in float32. No gradient.
+    One chunk of rows has logits at a time: 44 MiB of them on CPU (176 rows where V exceeds 65,536)
+    and 1 GiB on a GPU. Products accumulate in float32. No gradient.
 
     Args:
         hidden: the teacher's last hidden states ``(..., H)``.
@@ -661,6 +669,7 @@ def batch_vocabulary(
             student's mean probabilities. None is uniform. Systematic sampling from a random order.
         capacity: size M of the result, padded at its end; it must hold the union and the sample.
             With it no host sync is needed on a GPU. None: M is what the data ask for.
+            (:func:`linear_td_loss` then pads it to a multiple of 1,024 on a GPU.)
         generator: source of randomness; None is torch's default one.
     Returns:
         ``Vocabulary(ids int32 (M,) ascending, log_weight float32 (M,))``; -1 and -inf where padded.
@@ -733,7 +742,9 @@ def linear_td_loss(
 ) -> TDOutput:
     """:func:`td_loss` from hidden states and heads, without either model's ``[N, V]`` logits.
 
-    One chunk of rows has logits at a time, as in :func:`linear_select_actions`.
+    One chunk of rows has logits at a time, as in :func:`linear_select_actions`, and they become
+    their gradient in place. The head's gradient adds up in float32; a head of another dtype than
+    the factors, and a chunk's gradient, are copied for the products.
 
     The teacher is live (``teacher_hidden`` and ``teacher_weight``) or given as ``actions``, which
     must hold the taken tokens (``include=tokens``).
@@ -861,28 +872,39 @@ def linear_td_loss(
     divisor = _divisor(rows, reduction, num_items_in_batch)
     if not _needs_normaliser(objective, q):
         gather = _head_rows_of(impl, flat, weight, rows.ids.shape[-1])
+        some = _routes.gathers(weight.device.type, rows.ids.shape[-1], *weight.shape)
+        _tell(f"no log Z, {'k head rows a position' if some else 'all columns'}", flat, weight)
         terms = rows(gather(flat, weight, bias, rows.ids, scale), None)
         return _td_output(terms, actions, lead, reduction, divisor)
+    route = "log Z over all columns"
     if normaliser == "batch" and vocabulary is None:
         if isinstance(law, str):
             law = _batch_vocabulary.student_law(flat, weight, bias, scale, rows.state)
+        room = _capacity(capacity, rows.ids, extra, weight.shape[0])
         vocabulary = batch_vocabulary(
             used,
             weight.shape[0],
             extra=extra,
             law=law,
-            capacity=_capacity(capacity, rows.ids, extra, weight.shape[0]),
+            capacity=room,
             generator=generator,
         )
+        if room is None and weight.is_cuda:
+            vocabulary = _bucketed(vocabulary)
         if not _routes.pays(vocabulary.ids.numel(), weight.shape[0]):
             vocabulary = None
+            route += ", for the batch vocabulary would hold most"
     elif vocabulary is not None:
         _holds(vocabulary, rows.ids, check)
+    if vocabulary is not None:
+        route = "log Z from the batch vocabulary"
     fused = _fused(impl, flat, weight, k=rows.ids.shape[-1])
     if fused and reduction != "none" and _in_forward(rows, flat, weight):
         terms_in_forward = linear_loss(flat, weight, bias, scale, vocabulary, rows, divisor)
         if terms_in_forward is not None:
+            _tell(f"{route}, gradients in forward", flat, weight)
             return _td_output(terms_in_forward, actions, lead, reduction, 1.0)
+    _tell(f"{route}, logits made again in backward", flat, weight)
     linear_rows = _linear_rows_of(impl, flat, weight, rows.ids.shape[-1])
     terms = rows(*linear_rows(flat, weight, bias, rows.ids, scale, vocabulary))
     return _td_output(terms, actions, lead, reduction, divisor)
@@ -901,11 +923,28 @@ def _in_forward(rows: TDRows, hidden: Tensor, weight: Tensor) -> bool:
     return (
         getattr(rows.objective, "rowwise", False)
         and rows.state_value is None
-        and torch.is_grad_enabled()
-        and (hidden.requires_grad or weight.requires_grad)
+        and _learns(hidden, weight)
         and not torch.compiler.is_compiling()
-        and not (hidden.is_cuda and (rows.looks_ahead or weight.dtype == torch.float16))
+        and not (hidden.is_cuda and rows.looks_ahead)
+        and _factor_dtype(hidden, weight) != torch.float16
     )
+
+
+def _learns(hidden: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+
+
+def _tell(route: str, hidden: Tensor, weight: Tensor) -> None:
+    """Logs, once in a process, the way that a loss on a head of this size takes."""
+    if not torch.compiler.is_compiling() and _learns(hidden, weight):
+        columns, width = weight.shape
+        where = f"V = {columns:,}, H = {width:,}, {weight.device.type}"
+        _log(logging.INFO, f"linear_td_loss, {where}: {route}")
+
+
+@cache
+def _log(level: int, message: str) -> None:
+    logger.log(level, message)
 
 
 def _capacity(given: int | None, ids: Tensor, extra: int, columns: int) -> int | None:
@@ -915,6 +954,14 @@ def _capacity(given: int | None, ids: Tensor, extra: int, columns: int) -> int |
         return given
     bound = -(-(ids.numel() + extra + 1) // CAPACITY_STEP) * CAPACITY_STEP
     return bound if bound <= columns // 4 else None
+
+
+def _bucketed(vocabulary: Vocabulary) -> Vocabulary:
+    """Padded to a multiple of ``CAPACITY_STEP``: few sizes, and products that are aligned."""
+    ids, log_weight = vocabulary
+    spare = (0, -ids.numel() % CAPACITY_STEP)
+    pad = torch.nn.functional.pad
+    return Vocabulary(pad(ids, spare, value=-1), pad(log_weight, spare, value=-torch.inf))
 
 
 def _holds(vocabulary: Vocabulary, ids: Tensor, check: bool) -> None:
@@ -1034,6 +1081,8 @@ def _fused(impl: str, *tensors: Tensor, k: int = 1) -> bool:
     reason = _backends.why_not(*tensors, k=k)
     if impl == "fused" and reason is not None:
         raise NotImplementedError(f'impl: expected "auto" or "reference", got "fused": {reason}')
+    if reason is not None and tensors[0].is_cuda and not torch.compiler.is_compiling():
+        _log(logging.WARNING, f'impl="auto" takes plain PyTorch: {reason}')
     return reason is None
 
 

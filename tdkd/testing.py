@@ -180,7 +180,7 @@ GPU_OPS = {
     "gather_q": ("gather_q", "gather_q_backward"),
     "linear_gather_q": ("head_products", "head_products_backward"),
     "soft_value": ("soft_value", "soft_value_backward"),
-    "student_rows": ("student_rows", "student_rows_backward"),
+    "student_rows": ("student_rows", "student_rows_backward", "student_rows_backward_"),
     "td_target": ("td_target", "td_target_backward"),
 }
 """Where the Triton kernels live, and which ops each home implements."""
@@ -248,7 +248,7 @@ def raw_ops(device: torch.device | None = None) -> dict[str, tuple[Any, ...]]:
     successor = torch.tensor([1, 2, -1, 4, -2, -2], device=device)
     few, scale = ids[0].remainder(4), (1.3, 5.0, 0.9)
     backward = (grad_z, rest.double(), x, ids, rest.double(), *scale, None, None)
-    cases: dict[str, tuple[Any, ...]] = {
+    return {
         "select_actions": (x, 5, 0.9, *scale, ids[..., 0], state),
         "gather_q": (x, ids, *scale),
         "gather_q_backward": (grad_z, x, ids, *scale),
@@ -262,9 +262,6 @@ def raw_ops(device: torch.device | None = None) -> dict[str, tuple[Any, ...]]:
         "td_target": (v, successor, v, 0.9, 0.5),
         "td_target_backward": (v, successor, 0.9, 0.5),
     }
-    if device is not None and device.type == "cuda":
-        del cases["student_rows_backward_"]  # there gradients have a place of their own
-    return cases
 
 
 @contextlib.contextmanager

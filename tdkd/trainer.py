@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -87,7 +87,9 @@ class TDConfig(SFTConfig):
     teacher_cache: str | None = field(
         default=None, metadata={"help": "Folder of the cache, with teacher: cache."}
     )
-    action_top_k: int = field(default=64, metadata={"help": "Cap of an action set."})
+    action_top_k: int = field(
+        default=64, metadata={"help": "Cap of an action set (GPU kernels take 1024 at most)."}
+    )
     action_top_p: float = field(
         default=1.0, metadata={"help": "Teacher probability that an action set must reach."}
     )
@@ -581,14 +583,16 @@ class TDTrainer(SFTTrainer):
         items = max(1, taken.numel()) if num_items_in_batch is None else num_items_in_batch
         loss = hidden.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
-        if args.lm_weight:
+        folded = self._lm_is_folded()
+        if args.lm_weight and not folded:
             states, targets, weight = hidden, taken, 1.0
             if expert is not None:  # the student's own answers are nothing to imitate
                 states, targets = hidden[expert > 0], taken[expert > 0]
                 weight = expert.max() if taken.numel() else 0.0
-            lm_loss = lm_cross_entropy(states, head, targets)
+            with self._mixed():
+                lm_loss = lm_cross_entropy(states, head, targets)
             loss = loss + args.lm_weight * weight * lm_loss / items
-            metrics["lm_loss"] = lm_loss.detach() / max(1, targets.numel())
+            metrics["lm_loss"] = _share(lm_loss, torch.full_like(lm_loss, targets.numel()))
         if self.objective is not None:
             if self._cache is None:
                 assert self.teacher is not None
@@ -609,8 +613,14 @@ class TDTrainer(SFTTrainer):
                     slow = rows(self.target.network)
                     extras["target_value"] = self._target_value(slow, teacher, taken, successor)
             extras |= {"num_items_in_batch": num_items_in_batch, "expert_weight": expert}
+            if folded:
+                assert isinstance(self.objective, Objective)
+                extras["objective"] = self.objective + args.lm_weight * CrossEntropy(tail=True)
             out = self._td_loss(hidden, head, teacher, taken, successor, **extras)
             loss = loss + out.loss
+            if folded:
+                data = torch.ones_like(taken, dtype=torch.bool) if expert is None else expert > 0
+                metrics["lm_loss"] = _share(-torch.where(data, out.q, 0.0).sum(), data.sum())
             metrics.update(
                 diagnostics(
                     out,
@@ -622,6 +632,27 @@ class TDTrainer(SFTTrainer):
                 )
             )
         return loss, metrics
+
+    def _lm_is_folded(self) -> bool:
+        """Whether the LM loss is a term of the objective, whose log Z then serves both: an exact
+        one, of the student's own logits, on every row."""
+        args: TDConfig = self.args
+        return (
+            bool(args.lm_weight)
+            and isinstance(self.objective, Objective)
+            and not self.objective.bootstraps
+            and args.normaliser == "exact"
+            and args.q_level == "log_prob"
+            and args.student_temperature == 1
+            and not args.value_head
+            and args.vocab_size is None
+        )
+
+    def _mixed(self) -> AbstractContextManager[Any]:
+        """Where products with heads run: on GPUs in the step's mixed precision, as the bodies do;
+        on CPU they are float32."""
+        on_gpu = self.accelerator.device.type == "cuda"
+        return self.accelerator.autocast() if on_gpu else nullcontext()
 
     def _live(self, hidden: Tensor, head: Head) -> dict[str, Any]:
         """What :func:`tdkd.ops.linear_td_loss` takes of a live teacher."""
@@ -643,7 +674,10 @@ class TDTrainer(SFTTrainer):
         if "actions" in given:
             actions: ops.ActionSet = given["actions"]
             return actions
-        return ops.linear_select_actions(**given, include=tokens, vocab_size=self.args.vocab_size)
+        with self._mixed():
+            return ops.linear_select_actions(
+                **given, include=tokens, vocab_size=self.args.vocab_size
+            )
 
     def _td_loss(
         self,
@@ -659,18 +693,19 @@ class TDTrainer(SFTTrainer):
         ``teacher``: of :meth:`_live`, or its ``actions``; ``extras``: whatever else the op takes.
         """
         args: TDConfig = self.args
-        return ops.linear_td_loss(
-            hidden,
-            head.weight,
-            tokens,
-            bias=head.bias,
-            normaliser=args.normaliser,  # type: ignore[arg-type]
-            extra=args.batch_vocabulary_extra,
-            law="student" if args.batch_vocabulary_law == "student" else None,
-            successor=successor,
-            **teacher,
-            **{**self._td_options(head), **extras},
-        )
+        with self._mixed():
+            return ops.linear_td_loss(
+                hidden,
+                head.weight,
+                tokens,
+                bias=head.bias,
+                normaliser=args.normaliser,  # type: ignore[arg-type]
+                extra=args.batch_vocabulary_extra,
+                law="student" if args.batch_vocabulary_law == "student" else None,
+                successor=successor,
+                **teacher,
+                **{**self._td_options(head), **extras},
+            )
 
     def _target_value(
         self, hidden: Tensor, teacher: dict[str, Any], tokens: Tensor, successor: Tensor
@@ -834,8 +869,12 @@ class TDTrainer(SFTTrainer):
             for name, seconds in self._clock.read().items():
                 recorded[f"time/{name}"] = [seconds]
         for name, values in recorded.items():
-            mean = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in values])
-            reduced = self.accelerator.reduce(mean.mean().to(self.accelerator.device), "mean")
+            kept = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in values])
+            # a mean of each micro-batch, or a sum and what it is to be divided by
+            kept = kept.mean(0).to(self.accelerator.device)
+            reduced = self.accelerator.reduce(kept, "mean")
+            if reduced.dim():
+                reduced = reduced[0] / reduced[1].clamp(min=torch.finfo(torch.float32).tiny)
             recorded[name] = [reduced.item()]
             if name == "value" and self.model.training:
                 self._drift.see(recorded[name][0])
@@ -851,6 +890,11 @@ def _opened_cache(args: TDConfig) -> Cache:
         if kept != wanted:
             raise UserError(f"{name}: expected {kept} as in {cache.path}, got {wanted}")
     return cache
+
+
+def _share(total: Tensor, count: Tensor) -> Tensor:
+    """A metric that is a mean over the rows of all micro-batches, some of which may have none."""
+    return torch.stack([total.detach().float(), count.float()])
 
 
 def response_rows(tokens: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:

@@ -36,3 +36,17 @@ def tiny_student(tmp_path_factory, tiny_tokenizer):
 def writer(tmp_path_factory, tiny_tokenizer):
     """Directory of a model that writes lower-case letters and ends a turn every dozen tokens."""
     return tiny.save_writer(tmp_path_factory.mktemp("writer"), tiny_tokenizer)
+
+
+@pytest.fixture
+def autocast():
+    """Turns a GPU's autocast on, without a GPU, until the test ends."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+
+    def turn_on(dtype):
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", dtype)
+
+    yield turn_on
+    torch.set_autocast_enabled("cuda", before[0])
+    torch.set_autocast_dtype("cuda", before[1])

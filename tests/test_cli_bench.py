@@ -397,6 +397,24 @@ def test_rivals_from_hidden_states_do_the_same(op, sets):
         assert found["tdkd batch"][2].shape == found["tdkd gather"][2].shape == (700, 16)
 
 
+def test_a_case_of_mixed_precision():
+    """float32 weights and gradients; a CPU rounds the dense loss alone."""
+    case = Case("linear_td_loss", 40, 700, k=8, hidden=16, autocast="bfloat16")
+    assert str(case).endswith("under bfloat16 autocast")
+    assert "autocast" not in str(case._replace(autocast=None))
+    assert any(case.autocast for case in SUITES["gpu"])
+    inputs = make_inputs(case)[0]
+    found = {
+        rival.name: rival.prepare(case)(inputs) for rival in rivals_of(case) if not rival.compiles
+    }
+    assert found["three products"][0].dtype == torch.bfloat16
+    exact, rounded = found["tdkd"], found["dense"]
+    for got, coarse in zip(exact, rounded, strict=True):
+        assert got.dtype == coarse.dtype == torch.float32
+        assert 0 < (got - coarse).norm() < 0.1 * got.norm()
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_real_sets_are_those_that_were_measured():
     case = Case("linear_td_loss", 2048, 49_152)
     actions, tokens = action_sets(case, torch.Generator())

@@ -1,13 +1,14 @@
 """tdkd distill: a whole run from YAML and flags, resume, truncated answers, and what it refuses."""
 
 import json
+import logging
 import shutil
 
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tdkd import cli
+from tdkd import cli, ops
 from tdkd.cli import distill
 from tdkd.models import load_tokenizer
 from tdkd.trainer import TDConfig
@@ -58,6 +59,20 @@ def test_a_run_leaves_a_student_and_a_log_and_resumes(setting, tmp_path, capsys)
     assert "checkpoint-2" in capsys.readouterr().err
     log = json.loads((tmp_path / "out" / "log.json").read_text())
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_shows_what_is_logged(setting, capsys, monkeypatch, rank):
+    path, _ = setting
+    ops._log.cache_clear()
+    monkeypatch.setattr(TDConfig, "process_index", property(lambda self: rank))
+    distill.run([str(path), "--save_strategy", "no"])
+    shown = capsys.readouterr().err
+    assert ("heads: normaliser batch; no normaliser: k head rows" in shown) == (rank == 0)
+    # 24 rows of 4 ids and 1,024 samples are most of 264 columns
+    route = "H = 16, cpu: log Z over all columns, for the batch vocabulary would hold most"
+    assert shown.count(route) == (rank == 0)
+    assert not logging.getLogger("tdkd").handlers
 
 
 def test_an_objective_by_name_in_the_file_and_as_a_flag(setting, tmp_path):

@@ -473,9 +473,210 @@ def test_torch_compile_without_a_graph_break(options):
     agree(results[1], results[0])
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_torch_compile_of_a_head_that_is_multiplied_in_panels(monkeypatch, bias):
+    monkeypatch.setitem(head.PANEL_COLUMNS, "cpu", 32)
+    leaves, _, actions = make(bias=bias)
+
+    def step(hidden, weight, *bias):
+        given = ops.linear_log_probs(hidden, weight, actions.ids, bias=bias[0] if bias else None)
+        return given.log_tail.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (step, compiled):
+        result = function(*leaves)
+        results.append((result.detach(), *torch.autograd.grad(result, leaves)))
+    agree(results[1], results[0])
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_what_is_frozen_takes_one_pass_too(products, frozen):
     leaves, tokens, actions = make(bias=False)
     leaves[frozen].requires_grad_(False)
     loss(leaves, tokens, actions, objective=ForwardKL(tail=True)).loss.backward()
     assert sum(products) == ROWS
+
+
+FLOAT32, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "device,hidden,weight,autocast,factors",
+    [
+        ("cpu", FLOAT32, FLOAT32, None, FLOAT32),
+        ("cpu", BRAIN, BRAIN, None, FLOAT32),
+        ("cpu", FLOAT32, FLOAT32, BRAIN, FLOAT32),
+        ("cuda", FLOAT32, FLOAT32, None, FLOAT32),
+        ("cuda", BRAIN, BRAIN, None, BRAIN),
+        ("cuda", HALF, HALF, None, HALF),
+        ("cuda", BRAIN, FLOAT32, None, FLOAT32),
+        # mixed precision: weights and last hidden states are float32
+        ("cuda", FLOAT32, FLOAT32, BRAIN, BRAIN),
+        ("cuda", FLOAT32, FLOAT32, HALF, HALF),
+        ("cuda", BRAIN, FLOAT32, BRAIN, BRAIN),
+    ],
+)
+def test_the_factors_of_products(device, hidden, weight, autocast, factors):
+    assert head.factors_of(device, hidden, weight, autocast) == factors
+
+
+class On:
+    """What the choice of factors asks of a tensor."""
+
+    def __init__(self, device, dtype=FLOAT32):
+        self.device, self.dtype, self.requires_grad = torch.device(device), dtype, True
+        self.is_cuda = device == "cuda"
+
+
+def test_the_factors_are_asked_of_the_devices_autocast(autocast):
+    gpu, cpu = On("cuda"), On("cpu")
+    assert head.factor_dtype(gpu, gpu) == FLOAT32
+    autocast(BRAIN)
+    assert head.factor_dtype(gpu, gpu) == BRAIN
+    assert head.factor_dtype(cpu, cpu) == FLOAT32
+
+
+def test_float16_factors_wait_for_the_loss_scale(autocast):
+    """Their gradients are made in backward, where the scale is there; others in forward."""
+
+    class Terms:
+        objective, state_value, looks_ahead = ForwardKL(), None, False
+
+    gpu = On("cuda")
+    assert ops._in_forward(Terms, gpu, gpu)
+    assert not ops._in_forward(Terms, On("cuda", HALF), On("cuda", HALF))
+    autocast(BRAIN)
+    assert ops._in_forward(Terms, gpu, gpu)
+    autocast(HALF)
+    assert not ops._in_forward(Terms, gpu, gpu)
+
+
+@pytest.fixture
+def mixed(monkeypatch):
+    """A CPU that multiplies as a GPU under bfloat16 autocast, in forward alone; what it took."""
+    taken = []
+
+    def product(out, a, b, *, add=False):
+        assert a.dtype == b.dtype
+        assert out.dtype == FLOAT32
+        taken.append(a.dtype)
+        out.addmm_(a.float(), b.float(), beta=int(add))
+
+    monkeypatch.setattr(head, "product_", product)
+    monkeypatch.setattr(head, "factors_of", lambda *given: BRAIN)
+    yield taken
+    assert set(taken) == {BRAIN}
+
+
+WAYS = {
+    "in forward": {"objective": OBJECTIVES[0]},
+    "in backward": {"objective": OBJECTIVES[0], "reduction": "none"},
+    "batch": {"objective": OBJECTIVES[0], "normaliser": "batch", "extra": 4, "reduction": "none"},
+    "all columns": {"objective": ForwardKL(), "q": "logit"},
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_mixed_precision_rounds_factors_alone(monkeypatch, mixed, way, bias):
+    """The loss is that of rounded operands, and gradients reach float32 leaves in float32."""
+    leaves, tokens, actions = make(bias=bias)
+    options = dict(WAYS[way])
+    if way == "batch":
+        draw = torch.Generator().manual_seed(3)
+        options["vocabulary"] = ops.batch_vocabulary(actions, VOCAB, extra=4, generator=draw)
+    if way == "all columns":
+        monkeypatch.setattr(routes, "gathers", lambda *given: False)
+    total = loss(leaves, tokens, actions, **options).loss.sum()
+    # backward runs outside of autocast
+    monkeypatch.setattr(head, "factors_of", lambda *given: FLOAT32)
+    before = len(mixed)
+    grads = torch.autograd.grad(total, leaves)
+    assert len(mixed) > before or way == "in forward"
+    rounded = [x.detach().to(BRAIN).float().requires_grad_() for x in leaves[:2]]
+    rounded += [x.detach().requires_grad_() for x in leaves[2:]]
+    wanted, expected = exact_in_float64(
+        rounded, tokens, actions, lambda out: out.loss.sum(), **options
+    )
+    torch.testing.assert_close(total.double(), wanted.loss.sum(), rtol=1e-5, atol=0)
+    for grad, exact in zip(grads, expected, strict=True):
+        assert grad.dtype == FLOAT32
+        # the gradient of the logits is rounded too, once, before its products
+        assert (grad - exact).norm() <= torch.finfo(BRAIN).eps * exact.norm()
+
+
+def test_mixed_precision_of_log_probs_and_sets(mixed):
+    (hidden, weight, bias), _, actions = make()
+    given = ops.linear_log_probs(hidden, weight, actions.ids, bias=bias)
+    given.log_tail.sum().backward()
+    rounded = [x.detach().to(BRAIN).double() for x in (hidden, weight)]
+    wanted = ops.linear_log_probs(*rounded, actions.ids, bias=bias.double(), impl="reference")
+    torch.testing.assert_close(given.log_tail.double(), wanted.log_tail, rtol=1e-5, atol=1e-6)
+    assert hidden.grad.dtype == weight.grad.dtype == bias.grad.dtype == FLOAT32
+    got = ops.linear_select_actions(hidden, weight, 5, bias=bias)
+    expected = ops.linear_select_actions(*rounded, 5, bias=bias.double())
+    assert torch.equal(got.ids, expected.ids)
+
+
+def test_a_vocabulary_in_buckets():
+    ids = torch.arange(1500, dtype=torch.int32)
+    given = ops.Vocabulary(ids, -torch.rand(1500))
+    padded = ops._bucketed(given)
+    assert padded.ids.shape == padded.log_weight.shape == (2048,)
+    assert padded.ids.dtype == torch.int32
+    for got, wanted, blank in zip(padded, given, (-1, -torch.inf), strict=True):
+        assert torch.equal(got[:1500], wanted)
+        assert (got[1500:] == blank).all()
+    assert torch.equal(ops._bucketed(padded).ids, padded.ids)
+
+
+@pytest.fixture
+def told(caplog):
+    """What was logged; nothing was before."""
+    ops._log.cache_clear()
+    with caplog.at_level("INFO", logger="tdkd"):
+        yield lambda: [record.getMessage() for record in caplog.records]
+    ops._log.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "options,route",
+    [
+        ({}, "log Z over all columns, gradients in forward"),
+        ({"reduction": "none"}, "log Z over all columns, logits made again in backward"),
+        (
+            {"normaliser": "batch", "extra": 1},
+            "log Z from the batch vocabulary, gradients in forward",
+        ),
+        (
+            {"normaliser": "batch", "extra": VOCAB},
+            "log Z over all columns, for the batch vocabulary would hold most, gradients in "
+            "forward",
+        ),
+        ({"objective": ForwardKL(), "q": "logit"}, "no log Z, k head rows a position"),
+    ],
+)
+def test_the_route_is_told_once(told, options, route):
+    leaves, tokens, actions = make()
+    few = ops.ActionSet(actions.ids[:4], actions.log_probs[:4], actions.count[:4])
+    given = [leaves[0][:4], *leaves[1:]]
+    for _ in range(2):
+        loss(given, tokens[:4], few, **{"objective": OBJECTIVES[0], **options})
+    assert told() == [f"linear_td_loss, V = {VOCAB}, H = {WIDTH}, cpu: {route}"]
+    with torch.no_grad():
+        loss(given, tokens[:4], few, objective=OBJECTIVES[0], q="logit")
+    assert len(told()) == 1
+
+
+def test_a_gpu_that_takes_plain_pytorch_says_so_once(told):
+    gpu = On("cuda")
+    gpu.is_floating_point = lambda: True
+    for _ in range(2):
+        assert not ops._fused("auto", gpu, k=1025)
+    assert told() == [
+        'impl="auto" takes plain PyTorch: GPU kernels take sets of at most 1024, got 1025'
+    ]
+    assert not ops._fused("reference", gpu, k=1026)
+    assert len(told()) == 1

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from tdkd import lm_loss
+from tdkd.kernels import head as products
 from tdkd.lm_loss import lm_cross_entropy
 from tdkd.models import Head
+from tdkd.testing import peak_bytes
 
 LIGER = "liger_kernel.transformers.functional"
 
@@ -47,11 +49,8 @@ def forget():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("torch_has_it", [True, False])
-def test_it_is_cross_entropy_of_the_head(monkeypatch, softcap, bias, torch_has_it):
-    monkeypatch.setattr(lm_loss, "LM_ROWS", 4)
-    if not torch_has_it:
-        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+def test_it_is_cross_entropy_of_the_head(monkeypatch, softcap, bias):
+    monkeypatch.setitem(products.CHUNK_ELEMENTS, "cpu", 4 * 11)
     hidden, head, tokens = case(softcap=softcap, bias=bias)
     loss, expected = lm_cross_entropy(hidden, head, tokens), plain(hidden, head, tokens)
     torch.testing.assert_close(loss, expected)
@@ -70,6 +69,23 @@ def test_low_precision_is_computed_in_float32(softcap):
     loss = lm_cross_entropy(hidden, head, tokens)
     wide = head._replace(weight=head.weight.float(), bias=head.bias.float())
     torch.testing.assert_close(loss, plain(hidden.float(), wide, tokens))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_it_holds_one_chunk_of_logits_and_one_gradient_of_the_head(softcap):
+    rows, columns, width = 512, 60_000, 32
+    chunk = 4 * products.CHUNK_ELEMENTS["cpu"]
+    assert 4 * rows * columns > 2 * chunk
+    weight = torch.randn(columns, width, requires_grad=True)
+    hidden = torch.randn(rows, width, requires_grad=True)
+    tokens = torch.arange(rows)
+    given = Head(weight, None, softcap, 1.0)
+
+    def run():
+        return torch.autograd.grad(lm_cross_entropy(hidden, given, tokens), (hidden, weight))
+
+    run()
+    assert peak_bytes(run, torch.device("cpu")) < chunk + 1.5 * (hidden.nbytes + weight.nbytes)
 
 
 def test_no_rows_are_a_zero():
@@ -94,6 +110,7 @@ def cce_main(
 ):
     """Takes what the development version takes, and remembers it."""
     cce_main.seen = locals()
+    cce_main.under_autocast = torch.is_autocast_enabled("cuda")
     return (e.sum() + c.sum()).float()
 
 
@@ -105,6 +122,7 @@ def cce_release(e, c, targets, ignore_index=-100, softcap=None, reduction="mean"
 
 def liger(input, weight, target, bias=None, softcap=None, reduction="mean", accum_dtype=None):
     liger.seen = locals()
+    liger.under_autocast = torch.is_autocast_enabled("cuda")
     return (input.sum() + weight.sum()).float()
 
 
@@ -136,11 +154,10 @@ CHOICES = {
     "release": ({"cce": cce_release, "liger": liger}, {}, {}, "_cut_cross_entropy"),
     "float32": ({"cce": cce_main, "liger": liger}, {"dtype": torch.float32}, {}, "_liger"),
     "old GPU": ({"cce": cce_main, "liger": liger, "ampere": False}, {}, {}, "_liger"),
-    "float64": ({"cce": cce_main, "liger": liger}, {"dtype": torch.float64}, {}, "_torch"),
-    "no rows": ({"cce": cce_main, "liger": liger}, {"rows": 0}, {}, "_torch"),
+    "float64": ({"cce": cce_main, "liger": liger}, {"dtype": torch.float64}, {}, "_ops"),
+    "no rows": ({"cce": cce_main, "liger": liger}, {"rows": 0}, {}, "_ops"),
     "softcap": ({"liger": liger}, {}, {"softcap": 2.0}, "_liger"),
-    "nothing": ({}, {}, {}, "_torch"),
-    "nothing, softcap": ({}, {}, {"softcap": 2.0}, "_ops"),
+    "nothing": ({}, {}, {}, "_ops"),
 }
 
 
@@ -148,8 +165,6 @@ CHOICES = {
 def test_the_choice_on_a_gpu(monkeypatch, caplog, name):
     installed, rows, head, expected = CHOICES[name]
     install(monkeypatch, **installed)
-    if expected == "_torch" and not hasattr(F, "linear_cross_entropy"):
-        expected = "_ops"
     _, head, _ = case(**{"bias": False, **head})
     with caplog.at_level(logging.INFO, logger="tdkd"):
         chosen = [lm_loss._kernel(Cuda(**rows), head) for _ in range(2)]
@@ -157,10 +172,33 @@ def test_the_choice_on_a_gpu(monkeypatch, caplog, name):
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("mixed", [torch.bfloat16, torch.float16])
+def test_autocast_makes_the_choice_where_states_and_weights_are_float32(
+    monkeypatch, autocast, mixed
+):
+    install(monkeypatch, cce=cce_main, liger=liger)
+    hidden, head, tokens = case(bias=False)
+    assert lm_loss._kernel(Cuda(torch.float32), head) is lm_loss._liger
+    autocast(mixed)
+    assert lm_loss._kernel(Cuda(torch.float32), head) is lm_loss._cut_cross_entropy
+    seen = []
+    for kernel, names in (
+        (lm_loss._cut_cross_entropy, "ec"),
+        (lm_loss._liger, ("input", "weight")),
+    ):
+        kernel(hidden, head, tokens).backward()
+        function = cce_main if kernel is lm_loss._cut_cross_entropy else liger
+        seen += [function.seen[name].dtype for name in names]
+        # the operands are made for it: nothing is cast again within
+        assert not function.under_autocast
+    assert set(seen) == {mixed}
+    assert hidden.grad.dtype == head.weight.grad.dtype == torch.float32
+
+
 def test_a_cpu_never_takes_a_gpu_kernel(monkeypatch):
     install(monkeypatch, cce=cce_main, liger=liger)
     hidden, head, tokens = case(torch.bfloat16)
-    assert lm_loss._kernel(hidden, head).__name__ in ("_torch", "_ops")
+    assert lm_loss._kernel(hidden, head) is lm_loss._ops
 
 
 @pytest.mark.parametrize("function", [cce_main, cce_release])

@@ -1,12 +1,16 @@
 """TDTrainer: losses against plain PyTorch loops, accumulation, layouts, resume, LoRA, DDP."""
 
+import contextlib
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import ranks
 import torch
 
+from tdkd import ops
+from tdkd import trainer as trainer_module
 from tdkd.errors import UserError
 from tdkd.models import load_model, load_tokenizer
 from tdkd.objectives import ForwardKL, IQLearn, parse
@@ -183,6 +187,99 @@ def test_accumulation_is_one_batch(tmp_path, tiny_teacher, tiny_student, normali
         steps.append([p.detach().clone() for p in run.model.parameters()])
     for whole, parts in zip(*steps, strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"td_weight": 0.0, "action_top_k": 1}])
+def test_the_lm_loss_beside_an_exact_objective_is_a_term_of_it(
+    tmp_path, tiny_teacher, tiny_student, monkeypatch, options
+):
+    """One pass over the head in place of two gives the same step, and the same entry in the log."""
+    logs, steps = [], []
+    for folded in (True, False):
+        run = trainer(tmp_path, tiny_teacher, tiny_student, lm_weight=0.3, max_steps=1, **options)
+        assert run._lm_is_folded()
+        if folded:
+            monkeypatch.setattr(trainer_module, "lm_cross_entropy", None)  # not called
+        else:
+            monkeypatch.undo()
+            monkeypatch.setattr(run, "_lm_is_folded", lambda: False)
+        run.train()
+        run.evaluate(conversations(4))
+        steps.append([p.detach().clone() for p in run.model.parameters()])
+        logs.append(run.state.log_history)
+    for got, expected in zip(*steps, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    for got, expected in zip(*logs, strict=True):
+        for name in ("loss", "lm_loss", "eval_loss", "eval_lm_loss"):
+            assert got.get(name, 0) == pytest.approx(expected.get(name, 0), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lm_weight": 0.0},
+        {"normaliser": "batch"},
+        {"q_level": "logit"},
+        {"student_temperature": 2.0},
+        {"vocab_size": 260},
+        {"value_head": True},
+        {"objective_text": "IQLearn(alpha=1.0)"},  # rows without a successor do not count
+    ],
+)
+def test_where_the_lm_loss_is_another_sum(tmp_path, tiny_teacher, tiny_student, options):
+    run = trainer(tmp_path, tiny_teacher, tiny_student, **{"lm_weight": 0.3, **options})
+    assert not run._lm_is_folded()
+
+
+def test_the_lm_loss_in_the_log_is_a_mean_over_tokens(tmp_path, tiny_teacher, tiny_student):
+    """Micro-batches without a token of the data do not lower it."""
+    run = trainer(tmp_path, tiny_teacher, tiny_student)
+    run.model.train()
+    recorded = run._metrics["train"]
+    recorded["lm_loss"] = [torch.tensor([6.0, 3.0]), torch.tensor([0.0, 0.0])]
+    recorded["value"] = [torch.tensor(1.0), torch.tensor(3.0)]
+    run.log({"loss": 1.0})
+    assert run.state.log_history[-1]["lm_loss"] == 2.0
+    assert run.state.log_history[-1]["value"] == 2.0
+    recorded["lm_loss"] = [torch.tensor([0.0, 0.0])]
+    run.log({"loss": 1.0})
+    assert run.state.log_history[-1]["lm_loss"] == 0.0
+
+
+def test_heads_run_in_mixed_precision_where_a_gpu_does(
+    tmp_path, tiny_teacher, tiny_student, monkeypatch, autocast
+):
+    calls = []
+
+    def noted(function):
+        def call(*args, **kwargs):
+            calls.append((function.__name__, torch.is_autocast_enabled("cuda")))
+            return function(*args, **kwargs)
+
+        return call
+
+    @contextlib.contextmanager
+    def mixed():
+        autocast(torch.bfloat16)
+        yield
+        torch.set_autocast_enabled("cuda", False)
+
+    options = {"lm_weight": 0.3, "normaliser": "batch", "target_network": "ema", "max_steps": 1}
+    run = trainer(tmp_path, tiny_teacher, tiny_student, **options)
+    for module, name in (
+        (ops, "linear_td_loss"),
+        (ops, "linear_select_actions"),
+        (trainer_module, "lm_cross_entropy"),
+    ):
+        monkeypatch.setattr(module, name, noted(getattr(module, name)))
+    assert isinstance(run._mixed(), contextlib.nullcontext)
+    monkeypatch.setattr(run, "_mixed", mixed)
+    run.train()
+    names = {name for name, _ in calls}
+    assert names == {"linear_td_loss", "linear_select_actions", "lm_cross_entropy"}
+    assert all(on for _, on in calls)
+    gpu = SimpleNamespace(device=torch.device("cuda"), autocast=lambda: "mixed")
+    assert TDTrainer._mixed(SimpleNamespace(accelerator=gpu)) == "mixed"
 
 
 def dialogues():

@@ -16,7 +16,16 @@ from tdkd.kernels.student_rows import reference as student_rows_reference
 from tdkd.kernels.student_rows import student_rows
 from tdkd.kernels.tuning import Config
 from tdkd.objectives import ForwardKL, IQLearn
-from tdkd.testing import GPU_OPS, SCALES, hard_rows, head_case, interpreted, raw_ops, ulps
+from tdkd.testing import (
+    GPU_OPS,
+    SCALES,
+    hard_rows,
+    head_case,
+    interpreted,
+    raw_ops,
+    student_case,
+    ulps,
+)
 from tdkd.types import Scale
 
 # NumPy tells what the interpreter computes: -inf - -inf, the log of 0
@@ -162,6 +171,23 @@ def test_empty_shapes():
 @pytest.mark.parametrize("vocab", [7, 64, 1025])
 def test_student_rows_forward_and_gradient(vocab, dtype, scale, weighted):
     check_student_rows(vocab, dtype, scale, weighted, DEVICE)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_in_the_place_of_its_logits_is_the_same(dtype, scale, weighted):
+    case = student_case(300, dtype, weighted, seed=3)
+    logits, ids, _, log_weight, grad_z, grad_rest = (
+        None if x is None else x.to(DEVICE) for x in case
+    )
+    _, log_rest = torch.ops.tdkd.student_rows(logits, ids, *scale, log_weight, None)
+    given = grad_z, grad_rest.double(), logits, ids, log_rest, *scale, log_weight, None
+    expected = torch.ops.tdkd.student_rows_backward(*given)
+    torch.ops.tdkd.student_rows_backward_(*given)
+    # the kernel's tanh is right to 1e-7; in place, torch's makes the slope of a softcap
+    unit = 0.0 if scale.softcap is None else max(1e-6, torch.finfo(dtype).eps)
+    torch.testing.assert_close(logits, expected, rtol=unit, atol=min(unit, 1e-6))
 
 
 @pytest.mark.parametrize("k", [70, 1024])

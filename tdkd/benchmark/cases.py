@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -54,6 +55,14 @@ class Case(NamedTuple):
     """H of both models where an op or a rival starts from hidden states."""
     compiled: bool = True
     """whether rivals that need a compiler, which takes its time, are timed."""
+    autocast: str | None = None
+    """dtype of autocast, in which whatever starts from hidden states runs forward."""
+
+    def mixed(self) -> contextlib.AbstractContextManager[object]:
+        """The context of ``autocast``."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, DTYPES[self.autocast])
 
     @property
     def main_bytes(self) -> int:
@@ -79,6 +88,8 @@ def describe(case: dict[str, Any]) -> str:
             words.append(f"k={case['k']}" if field == "k" else case[field])
     if case["op"].startswith("linear") and case["hidden"] != HIDDEN:
         words.append(f"H={case['hidden']}")
+    if case.get("autocast"):
+        words.append(f"under {case['autocast']} autocast")
     return " ".join(words)
 
 
@@ -218,6 +229,8 @@ SUITES: dict[str, list[Case]] = {
         # Liger's shape, then Qwen2.5's vocabulary: both heads, loss and gradients
         _linear_td_loss(8192, 128_256, hidden=4096, dtype="bfloat16"),
         _linear_td_loss(8192, 151_936, hidden=3584, dtype="bfloat16", compiled=False),
+        # float32 weights in mixed precision, as trainers keep them
+        _linear_td_loss(8192, 151_936, hidden=3584, autocast="bfloat16", compiled=False),
         _linear_select(8192, 151_936, hidden=3584, dtype="bfloat16", compiled=False),
         _select(8192, 128_256, dtype="bfloat16", compiled=False),
         _select(32_768, 32_000, dtype="bfloat16", compiled=False),

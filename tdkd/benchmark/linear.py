@@ -97,13 +97,11 @@ def both_heads(case: Case) -> Run:
     given, learn = make_linear_inputs(case), td_loss(NORMALISED, normaliser="batch")(case)
 
     def run(inputs: Inputs) -> tuple[object, ...]:
-        tokens = given.tokens
-        return (
-            ops.linear_select_actions(
-                given.teacher, given.teacher_weight, case.k, 0.8, include=tokens
-            ),
-            *learn(inputs),
-        )
+        with case.mixed():
+            actions = ops.linear_select_actions(
+                given.teacher, given.teacher_weight, case.k, 0.8, include=given.tokens
+            )
+        return actions, *learn(inputs)
 
     return run
 
@@ -162,7 +160,8 @@ def _both_ways(loss: Callable[[Student], Tensor]) -> Callable[[Case], Run]:
         student = make_student(case)
 
         def run(inputs: Inputs) -> tuple[Tensor, ...]:
-            result = loss(student)
+            with case.mixed():
+                result = loss(student)
             grads = torch.autograd.grad(result, (student.hidden, student.weight))
             return result.detach(), *grads
 
@@ -177,8 +176,9 @@ def three_products(case: Case) -> Run:
     hidden, weight = given.student.detach(), given.student_weight.detach()
 
     def run(inputs: Inputs) -> tuple[Tensor, Tensor]:
-        logits = hidden @ weight.T
-        return logits @ weight, logits.T @ hidden
+        with case.mixed():
+            logits = hidden @ weight.T
+            return logits @ weight, logits.T @ hidden
 
     return run
 

@@ -190,7 +190,13 @@ def _from_hidden(case: Case, loss: Callable[..., Tensor]) -> Run:
     """A loss of hidden states and heads; these are the same in every call, being many products
     to one byte."""
     given = make_linear_inputs(case)
-    return lambda inputs: _with_gradient(loss(*given), given.student, given.student_weight)
+
+    def run(inputs: Inputs) -> tuple[Tensor, ...]:
+        with case.mixed():
+            result = loss(*given)
+        return _with_gradient(result, given.student, given.student_weight)
+
+    return run
 
 
 def _student(inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +15,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from tdkd import checkpoints, records
 from tdkd.cache import Cache
-from tdkd.cli.console import console
+from tdkd.cli.console import console, shown_log
 from tdkd.errors import UserError
 from tdkd.models import check_model_path, load_model, load_tokenizer
 from tdkd.trainer import TDConfig, TDTrainer
@@ -79,17 +80,18 @@ def run(args: list[str]) -> None:
     # logits do not exist, so that evaluation can only give losses
     config.prediction_loss_only = True
 
-    trainer = TDTrainer(
-        load_model(model.model_name_or_path, argument="model_name_or_path"),
-        args=config,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model),
-    )
-    if last is not None:
-        console.print(f"resuming from {last}", markup=False, soft_wrap=True)
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    with shown_log() if config.process_index == 0 else nullcontext():
+        trainer = TDTrainer(
+            load_model(model.model_name_or_path, argument="model_name_or_path"),
+            args=config,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model),
+        )
+        if last is not None:
+            console.print(f"resuming from {last}", markup=False, soft_wrap=True)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if trainer.is_world_process_zero():
         save_whole(trainer, tokenizer, output)
         records.write_whole(output / "log.json", trainer.state.log_history)

@@ -35,7 +35,8 @@ def run() -> None:
     )
     table.add_row("ops", 'impl="reference" on every device')
     table.add_row("cpu kernels", escape(backends.MISSING or backends.capability()))
-    table.add_row("gpu kernels", backends.GPU_MISSING or f"Triton, sets of {backends.GPU_MAX_K}")
+    largest = f"Triton, sets of at most {backends.GPU_MAX_K:,}; the reference takes larger ones"
+    table.add_row("gpu kernels", backends.GPU_MISSING or largest)
     for device in ("cpu", "cuda"):
         table.add_row(f"linear_td_loss, {device}", ops.routes(device))
     Console().print(table)

@@ -30,46 +30,68 @@ def chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     return row_chunks(hidden.shape[0], 1, chunk_rows(hidden.device, weight.shape[0]))
 
 
+def factor_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which a product with a head takes its factors, here and now. Backward, which
+    runs outside of autocast, must be told what forward took."""
+    device = weight.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return factors_of(device, hidden.dtype, weight.dtype, autocast)
+
+
+def factors_of(
+    device: str, hidden: torch.dtype, weight: torch.dtype, autocast: torch.dtype | None
+) -> torch.dtype:
+    """float32 on CPU, which has no product of bfloat16 matrices with a float32 result. On GPUs the
+    dtype of autocast where it is on, and without it that of the operands where they share one."""
+    if device != "cuda":
+        return torch.float32
+    if autocast is not None:
+        return autocast
+    return weight if weight == hidden else torch.float32
+
+
 class Head:
     """A head as products take it, and the room for one chunk of logits, used again and again.
 
-    Products are float32, whatever the dtype of the factors and whatever autocast says. The factors
-    are float32 too where they differ in dtype, and on CPU, which has no product of bfloat16
-    matrices with a float32 result.
+    Products are float32, whatever the dtype of the factors and whatever autocast says.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        keep = weight.is_cuda and weight.dtype == hidden.dtype
-        self.weight = weight if keep else weight.float()
+    def __init__(self, weight: Tensor, bias: Tensor | None, factors: torch.dtype) -> None:
+        """``factors``: of :func:`factor_dtype`; a head of another dtype is copied."""
+        self.weight = weight.to(factors)
         self.bias = None if bias is None else bias.float()
         self._room: Tensor | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden @ weight.T + bias`` of one chunk; it overwrites the chunk before."""
-        hidden = hidden.to(self.weight.dtype)
-        if self.weight.dtype != torch.float32:
-            logits = product(hidden, self.weight.T)
-            return logits if self.bias is None else logits.add_(self.bias)
-        rows = hidden.shape[0]
+        rows, hidden = hidden.shape[0], hidden.to(self.weight.dtype)
         if self._room is None or self._room.shape[0] < rows:
-            self._room = hidden.new_empty((rows, self.weight.shape[0]))
+            self._room = hidden.new_empty((rows, self.weight.shape[0]), dtype=torch.float32)
         room = self._room[:rows]
-        with torch.autocast(hidden.device.type, enabled=False):
-            for panel in row_chunks(self.weight.shape[0], 1, PANEL_COLUMNS[hidden.device.type]):
-                part, columns = self.weight[panel].T, room[:, panel]
-                if self.bias is None:
-                    torch.mm(hidden, part, out=columns)
-                else:
-                    torch.addmm(self.bias[panel], hidden, part, out=columns)
+        for panel in row_chunks(self.weight.shape[0], 1, PANEL_COLUMNS[hidden.device.type]):
+            columns = room[:, panel]
+            if self.bias is not None:
+                columns.copy_(self.bias[panel])
+            product_(columns, hidden, self.weight[panel].T, add=self.bias is not None)
         return room
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in float32."""
-    with torch.autocast(a.device.type, enabled=False):
+def product_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+    """``out = a @ b``, or ``out += a @ b``: float32, with no tensor of its size beside it."""
+    with torch.autocast(out.device.type, enabled=False):
         if a.dtype == torch.float32:
-            return a @ b
-        return torch.mm(a, b, out_dtype=torch.float32)
+            out.addmm_(a, b, beta=int(add))  # beta = 0 ignores what was there
+        elif torch.compiler.is_compiling():
+            # inductor knows no addmm whose result is wider than its factors (pytorch issue 163880)
+            made = torch.mm(a, b, out_dtype=torch.float32)
+            if add:
+                out += made
+            else:
+                out.copy_(made)
+        elif add:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 class Gradients:
@@ -91,21 +113,10 @@ class Gradients:
         if self.bias is not None:
             self.bias += grad.sum(0)
         grad = grad.to(head.weight.dtype)
-        with torch.autocast(grad.device.type, enabled=False):
-            if self.hidden is not None:
-                if grad.dtype == torch.float32:
-                    torch.mm(grad, head.weight, out=self.hidden[rows])
-                else:
-                    self.hidden[rows] = product(grad, head.weight)
-            if self.weight is not None:
-                given, begun = hidden[rows].to(grad.dtype), int(self._begun)
-                if grad.dtype == torch.float32:
-                    # beta = 0 ignores what was there, which is nothing at first
-                    self.weight.addmm_(grad.T, given, beta=begun)
-                elif begun:
-                    self.weight += product(grad.T, given)
-                else:
-                    self.weight.copy_(product(grad.T, given))
+        if self.hidden is not None:
+            product_(self.hidden[rows], grad, head.weight)
+        if self.weight is not None:
+            product_(self.weight, grad.T, hidden[rows].to(grad.dtype), add=self._begun)
         self._begun = True
 
     def result(self, *leaves: Tensor | None, factor: Tensor | None = None) -> list[Tensor | None]:

@@ -72,8 +72,10 @@ class _DenseProducts(torch.autograd.Function):
     """The same from all products of a chunk of rows; backward has no need of them."""
 
     @staticmethod
-    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
-        wide = head.Head(hidden, weight, bias)
+    def forward(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, factors: torch.dtype
+    ) -> Tensor:
+        wide = head.Head(weight, bias, factors)
         picked = ids.long().clamp(min=0)
         return torch.cat(
             [
@@ -84,20 +86,22 @@ class _DenseProducts(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.factors = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids = ctx.saved_tensors
-        wide = head.Head(hidden, weight, bias)
+        wide = head.Head(weight, bias, ctx.factors)
         grads = head.Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         picked = ids.long().clamp(min=0)
         grad = torch.where(ids < 0, 0.0, grad)
         for rows in head.chunks(hidden, weight):
-            logits = grad.new_zeros(grad[rows].shape[0], weight.shape[0])
-            grads.add(logits.scatter_add_(-1, picked[rows], grad[rows]), rows, hidden, wide)
-        return *grads.result(hidden, weight, bias), None
+            zeros = grad.new_zeros(grad[rows].shape[0], weight.shape[0])
+            grads.add(zeros.scatter_add_(-1, picked[rows], grad[rows]), rows, hidden, wide)
+            del zeros  # before the next ones are made
+        return *grads.result(hidden, weight, bias), None, None
 
 
 def linear_gather_q(
@@ -114,7 +118,7 @@ def linear_gather_q(
     ``dense`` multiplies with the whole head.
     """
     if dense:
-        z = _DenseProducts.apply(hidden, weight, bias, ids)
+        z = _DenseProducts.apply(hidden, weight, bias, ids, head.factor_dtype(hidden, weight))
     else:
         bias = None if bias is None else bias.float()
         z = _HeadProducts.apply(hidden.float(), weight, bias, ids)

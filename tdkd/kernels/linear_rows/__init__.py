@@ -27,12 +27,13 @@ class _LinearRows(torch.autograd.Function):
         ids: Tensor,
         scale: Scale,
         log_weight: Tensor | None,
+        factors: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        return rows_of(hidden, weight, bias, ids, scale, log_weight)
+        return rows_of(hidden, weight, bias, ids, scale, log_weight, factors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        hidden, weight, bias, ids, ctx.scale, log_weight = inputs
+        hidden, weight, bias, ids, ctx.scale, log_weight, ctx.factors = inputs
         ctx.save_for_backward(hidden, weight, bias, ids, log_weight, output[1])
 
     @staticmethod
@@ -49,9 +50,10 @@ class _LinearRows(torch.autograd.Function):
             log_rest,
             ctx.scale,
             log_weight,
+            ctx.factors,
             ctx.needs_input_grad[:3],
         )
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 def rows_of(
@@ -61,9 +63,10 @@ def rows_of(
     ids: Tensor,
     scale: Scale,
     log_weight: Tensor | None,
+    factors: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """``z`` float32 ``[N, k]`` and ``log_rest`` float64 ``[N]``, without a graph."""
-    wide = head.Head(hidden, weight, bias)
+    wide = head.Head(weight, bias, factors)
     parts = [
         torch.ops.tdkd.student_rows(wide.logits(hidden[rows]), ids[rows], *scale, log_weight, None)
         for rows in head.chunks(hidden, weight)
@@ -82,10 +85,11 @@ def rows_backward(
     log_rest: Tensor,
     scale: Scale,
     log_weight: Tensor | None,
+    factors: torch.dtype,
     wanted: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """Gradients of hidden, weight and bias, where wanted, from logits that are made again."""
-    wide = head.Head(hidden, weight, bias)
+    wide = head.Head(weight, bias, factors)
     grads = head.Gradients(hidden, weight, bias, wanted)
     for rows in head.chunks(hidden, weight):
         logits = wide.logits(hidden[rows])
@@ -108,5 +112,6 @@ def linear_rows(
     log_weight = None
     if vocabulary is not None:
         weight, bias, ids, log_weight = on_vocabulary(vocabulary, weight, bias, ids)
-    z, log_rest = _LinearRows.apply(hidden, weight, bias, ids, scale, log_weight)
+    factors = head.factor_dtype(hidden, weight)
+    z, log_rest = _LinearRows.apply(hidden, weight, bias, ids, scale, log_weight, factors)
     return StudentRows(z, log_rest.float())

@@ -57,8 +57,9 @@ class _Loss(torch.autograd.Function):
         rows: TDRows,
         linked: tuple[Tensor, Tensor],
         divisor: Tensor | float,
+        factors: torch.dtype,
     ) -> tuple[Tensor, ...]:
-        wide = head.Head(hidden, weight, bias)
+        wide = head.Head(weight, bias, factors)
         grads = head.Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         count, step = hidden.shape[0], head.chunk_rows(hidden.device, weight.shape[0])
         z = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
@@ -66,7 +67,7 @@ class _Loss(torch.autograd.Function):
         start, end = linked
         if start.numel():
             early = torch.maximum(start, end).unique()
-            options = scale, log_weight
+            options = scale, log_weight, factors
             z[early], rest[early] = rows_of(hidden[early], weight, bias, ids[early], *options)
         for chunk in head.chunks(hidden, weight):
             logits = wide.logits(hidden[chunk])
@@ -88,7 +89,7 @@ class _Loss(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, ids, log_weight, z, rest)
         # float32 until the gradient of the loss is there, which may be a scale against underflow
         ctx.made = grads
-        ctx.rows, ctx.scale, ctx.divisor = rows, scale, divisor
+        ctx.rows, ctx.scale, ctx.divisor, ctx.factors = rows, scale, divisor, factors
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(terms.entropy)
         return terms.loss.sum() / divisor, *terms[1:]
@@ -99,7 +100,7 @@ class _Loss(torch.autograd.Function):
         hidden, weight, bias, ids, log_weight, z, rest = ctx.saved_tensors
         made, ctx.made = ctx.made, None
         if made is not None and by_loss is not None and all(x is None for x in by_terms):
-            return *made.result(hidden, weight, bias, factor=by_loss), *[None] * 6
+            return *made.result(hidden, weight, bias, factor=by_loss), *[None] * 7
         # a second backward, or one of q, value or td_error
         with torch.enable_grad():
             leaves = z.detach().requires_grad_(), rest.detach().requires_grad_()
@@ -123,9 +124,10 @@ class _Loss(torch.autograd.Function):
             rest,
             ctx.scale,
             log_weight,
+            ctx.factors,
             ctx.needs_input_grad[:3],
         )
-        return *grads, *[None] * 6
+        return *grads, *[None] * 7
 
 
 def _gradients(
@@ -162,6 +164,7 @@ def linear_loss(
     linked = links(rows, hidden, weight.shape[0])
     if linked is None:
         return None
+    factors = head.factor_dtype(hidden, weight)
     return RowTerms(
-        *_Loss.apply(hidden, weight, bias, ids, scale, log_weight, rows, linked, divisor)
+        *_Loss.apply(hidden, weight, bias, ids, scale, log_weight, rows, linked, divisor, factors)
     )

@@ -20,7 +20,8 @@ def linear_select_actions(
 ) -> ActionSet:
     """As in the reference; float32, bfloat16 or float16."""
     hidden, weight = hidden.detach(), weight.detach()
-    wide = head.Head(hidden, weight, None if bias is None else bias.detach())
+    factors = head.factor_dtype(hidden, weight)
+    wide = head.Head(weight, None if bias is None else bias.detach(), factors)
     parts = [
         select_actions(
             wide.logits(hidden[rows]),

@@ -38,7 +38,7 @@ fake(
     lambda grad_z, grad_rest, logits, ids, log_rest, *options: logits.new_empty(logits.shape),
 )
 fake("student_rows_backward_", lambda *arguments: None)
-on_gpu(__name__, "student_rows", "student_rows_backward")
+on_gpu(__name__, "student_rows", "student_rows_backward", "student_rows_backward_")
 
 
 class _StudentRows(torch.autograd.Function):
@@ -89,9 +89,7 @@ def student_rows_backward_(
     scale: Scale,
     log_weight: Tensor | None,
 ) -> Tensor:
-    """The gradient of contiguous ``logits``; on CPU in their place."""
+    """The gradient of contiguous ``logits``, in their place."""
     options = grad_z, grad_rest, logits, ids, log_rest, *scale, log_weight, None
-    if logits.is_cuda:
-        return torch.ops.tdkd.student_rows_backward(*options)
     torch.ops.tdkd.student_rows_backward_(*options)
     return logits

@@ -407,12 +407,49 @@ def student_rows_backward(
     log_weight: Tensor | None,
     state: Tensor | None,
 ) -> Tensor:
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    scale = numbers(Scale(temperature, softcap, logit_scale))
+    _write_gradient(grad, grad_z, grad_rest, logits, ids, log_rest, scale, log_weight, state)
+    return grad
+
+
+def student_rows_backward_(
+    grad_z: Tensor,
+    grad_rest: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    log_rest: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    log_weight: Tensor | None,
+    state: Tensor | None,
+) -> None:
+    scale = numbers(Scale(temperature, softcap, logit_scale))
+    if scale.capped and logits.numel():
+        # the slope at the members is read from logits that will be gone
+        x = logits.gather(-1, ids.long().clamp(0, logits.shape[-1] - 1)).float()
+        grad_z = grad_z * (1.0 - torch.tanh(x * scale.inner).square())
+    _write_gradient(logits, grad_z, grad_rest, logits, ids, log_rest, scale, log_weight, state)
+
+
+def _write_gradient(
+    grad: Tensor,
+    grad_z: Tensor,
+    grad_rest: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    log_rest: Tensor,
+    scale: Numbers,
+    log_weight: Tensor | None,
+    state: Tensor | None,
+) -> None:
+    """Into contiguous ``grad``, which may be ``logits``: a tile is read before it is written, and
+    ``grad_z`` then holds the slope of a softcap already."""
     rows = logit_rows(logits)
     n, vocab, device = rows.count, rows.columns, logits.device
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=device)
     if not grad.numel():
-        return grad
-    scale = numbers(Scale(temperature, softcap, logit_scale))
+        return
     unit = _unit(scale, log_weight)
     heavy = scale.capped or log_weight is not None or not rows.aligned
     launch = tuning.config("student_grad", device, heavy)
@@ -441,8 +478,8 @@ def student_rows_backward(
             STAGES=launch.num_stages,
             num_warps=launch.num_warps,
         )
-        scatter_rows(grad, grad_z, ids, rows, scale, state)
-    return grad
+        members = scale._replace(capped=scale.capped and grad is not logits)
+        scatter_rows(grad, grad_z, ids, rows, members, state)
 
 
 def _unit(scale: Numbers, log_weight: Tensor | None) -> float:
