@@ -66,9 +66,6 @@ Level = Literal["log_prob", "logit", "shifted"]
 Normaliser = Literal["exact", "batch"]
 Reduction = Literal["mean", "sum", "none"]
 
-CAPACITY_STEP = 1024
-"""Batch vocabularies that are padded have a multiple of it as their size."""
-
 
 def select_actions(
     logits: Tensor,
@@ -871,7 +868,7 @@ def linear_td_loss(
             weight.shape[0],
             extra=extra,
             law=law,
-            capacity=_capacity(capacity, rows.ids, extra, weight.shape[0]),
+            capacity=_routes.capacity(capacity, rows.ids, extra, weight.shape[0]),
             generator=generator,
         )
         if not _routes.pays(vocabulary.ids.numel(), weight.shape[0]):
@@ -879,7 +876,7 @@ def linear_td_loss(
     elif vocabulary is not None:
         _holds(vocabulary, rows.ids, check)
     fused = _fused(impl, flat, weight, k=rows.ids.shape[-1])
-    if fused and reduction != "none" and _in_forward(rows, flat, weight):
+    if fused and reduction != "none" and _routes.in_forward(rows, flat, weight):
         terms_in_forward = linear_loss(flat, weight, bias, scale, vocabulary, rows, divisor)
         if terms_in_forward is not None:
             return _td_output(terms_in_forward, actions, lead, reduction, 1.0)
@@ -892,29 +889,6 @@ def _all_states(state: Tensor) -> bool:
     """Whether no row has to be masked, which spares a copy; False where asking would cost a host
     sync."""
     return not (state.is_cuda or torch.compiler.is_compiling()) and bool(state.all())
-
-
-def _in_forward(rows: TDRows, hidden: Tensor, weight: Tensor) -> bool:
-    """Whether gradients can be made in forward: a chunk's loss must be a matter of its own rows
-    and their neighbours, and to look at these a GPU would have to wait for its host. There products
-    of float16 would also lose what a loss scale, which comes in backward, is there to keep."""
-    return (
-        getattr(rows.objective, "rowwise", False)
-        and rows.state_value is None
-        and torch.is_grad_enabled()
-        and (hidden.requires_grad or weight.requires_grad)
-        and not torch.compiler.is_compiling()
-        and not (hidden.is_cuda and (rows.looks_ahead or weight.dtype == torch.float16))
-    )
-
-
-def _capacity(given: int | None, ids: Tensor, extra: int, columns: int) -> int | None:
-    """Room for a batch vocabulary. On GPUs, where its true size costs a host sync, the bound on it
-    will do if that is small."""
-    if given is not None or not ids.is_cuda:
-        return given
-    bound = -(-(ids.numel() + extra + 1) // CAPACITY_STEP) * CAPACITY_STEP
-    return bound if bound <= columns // 4 else None
 
 
 def _holds(vocabulary: Vocabulary, ids: Tensor, check: bool) -> None:

@@ -10,7 +10,6 @@ from tdkd import types as ops_types
 from tdkd.kernels import head, routes
 from tdkd.kernels.batch_vocabulary import reference as batch_vocabulary_reference
 from tdkd.kernels.batch_vocabulary.reference import student_law
-from tdkd.kernels.linear_rows import in_forward
 from tdkd.objectives import LK, LSIQ, CrossEntropy, ForwardKL, IQLearn, ReverseKL, SoftTD
 
 ROWS, VOCAB, WIDTH, K = 23, 90, 12, 6
@@ -28,7 +27,7 @@ OBJECTIVES = [
 @pytest.fixture(autouse=True)
 def four_rows_a_chunk(monkeypatch):
     monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", 4 * VOCAB)
-    monkeypatch.setattr(in_forward, "MOST_LINKS", 0.3)  # chunks are shorter than any in earnest
+    monkeypatch.setattr(routes, "MOST_LINKS", 0.3)  # chunks are shorter than any in earnest
 
 
 @pytest.fixture
@@ -146,7 +145,7 @@ def test_successors_far_away_are_not_worth_it_and_right_all_the_same(products):
 
 
 def test_any_links_between_chunks_give_the_same_gradients(monkeypatch, products):
-    monkeypatch.setattr(in_forward, "MOST_LINKS", 1.0)
+    monkeypatch.setattr(routes, "MOST_LINKS", 1.0)
     for seed in range(6):
         leaves, tokens, actions = make(seed=seed)
         options = {"objective": OBJECTIVES[1], "successor": shuffled(tokens, seed)}
@@ -405,6 +404,48 @@ def test_routes():
     options = {"objective": OBJECTIVES[0], "generator": generator, "extra": VOCAB - 1}
     batch = loss(leaves, tokens, actions, normaliser="batch", **options)
     assert torch.equal(batch.loss, loss(leaves, tokens, actions, objective=OBJECTIVES[0]).loss)
+
+
+def test_a_way_can_be_forced(products):
+    """For measurements: within it alone, and whatever the rule says."""
+    (hidden, weight, bias), tokens, actions = make()
+    ids = torch.rand(ROWS, VOCAB).topk(3).indices.int()
+
+    def made(call):
+        del products[:]
+        call()
+        return sum(products)
+
+    def gather():
+        return made(lambda: ops.linear_gather_q(hidden, weight, ids, bias=bias))
+
+    assert gather() == 0
+    with routes.forced("products"):
+        assert gather() == ROWS
+        with routes.forced("gather"):
+            assert gather() == 0
+        assert gather() == ROWS
+    assert gather() == 0
+
+    members = actions.ids[tokens != -100]
+    held = members[members >= 0].unique().numel()
+
+    def touched(extra):
+        """Columns of the head that the loss looked at."""
+        options = {"objective": OBJECTIVES[0], "normaliser": "batch", "extra": extra}
+        out = loss((hidden, weight, bias), tokens, actions, **options)
+        return int(torch.autograd.grad(out.loss, weight)[0].any(-1).sum())
+
+    few, most = 0, VOCAB - held - 1
+    assert routes.pays(held, VOCAB)
+    assert (touched(few), touched(most)) == (held, VOCAB)
+    with routes.forced("exact"):
+        assert touched(few) == VOCAB
+    with routes.forced("batch"):
+        assert touched(most) == VOCAB - 1
+    with pytest.raises(RuntimeError, match="no more"), routes.forced("exact"):
+        raise RuntimeError("no more")
+    assert touched(few) == held
 
 
 @pytest.mark.parametrize("k", [3, 40])

@@ -8,7 +8,7 @@ from checks import check_refused
 from test_ops import LargestTensor
 
 from tdkd import ops
-from tdkd.kernels import backends
+from tdkd.kernels import backends, routes
 from tdkd.kernels.batch_vocabulary.reference import inclusion, systematic
 from tdkd.kernels.linear_rows import reference as linear_rows_reference
 from tdkd.kernels.linear_rows.reference import position_in, row_chunks
@@ -720,7 +720,7 @@ def test_places_in_a_padded_vocabulary():
 
 
 class Stub:
-    """What `_capacity` asks of ids on a GPU, where there is none."""
+    """What `routes.capacity` asks of ids on a GPU, where there is none."""
 
     is_cuda = True
 
@@ -733,16 +733,18 @@ class Stub:
 
 def test_room_for_a_vocabulary_on_a_gpu():
     """A multiple of the step that holds every id and the sample, if that is small against V."""
+    step = routes.CAPACITY_STEP
+    assert step == 1024
     for count, extra in ((5, 0), (1000, 23), (1000, 24), (4000, 1024)):
-        room = ops._capacity(None, Stub(count), extra, 1 << 20)
-        assert room % ops.CAPACITY_STEP == 0
-        assert count + extra < room <= count + extra + 1 + ops.CAPACITY_STEP
-    assert ops._capacity(None, Stub(5), 0, 4 * ops.CAPACITY_STEP) == ops.CAPACITY_STEP == 1024
-    assert ops._capacity(None, Stub(5), 0, 4 * ops.CAPACITY_STEP - 1) is None
-    assert ops._capacity(None, Stub(1000), 23, 1 << 20) == 1024
-    assert ops._capacity(77, Stub(5), 0, 100) == 77
-    assert ops._capacity(77, torch.zeros(1), 0, 100) == 77
-    assert ops._capacity(None, torch.zeros(1), 0, 1 << 20) is None
+        room = routes.capacity(None, Stub(count), extra, 1 << 20)
+        assert room % step == 0
+        assert count + extra < room <= count + extra + 1 + step
+    assert routes.capacity(None, Stub(5), 0, 4 * step) == step
+    assert routes.capacity(None, Stub(5), 0, 4 * step - 1) is None
+    assert routes.capacity(None, Stub(1000), 23, 1 << 20) == 1024
+    assert routes.capacity(77, Stub(5), 0, 100) == 77
+    assert routes.capacity(77, torch.zeros(1), 0, 100) == 77
+    assert routes.capacity(None, torch.zeros(1), 0, 1 << 20) is None
 
 
 # Objectives
