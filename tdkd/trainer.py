@@ -578,7 +578,8 @@ class TDTrainer(SFTTrainer):
 
         hidden = rows(student)
         head = lm_head(student)
-        items = max(1, taken.numel()) if num_items_in_batch is None else num_items_in_batch
+        items = taken.numel() if num_items_in_batch is None else num_items_in_batch
+        items = torch.as_tensor(items).clamp(min=1)
         loss = hidden.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
         if args.lm_weight:
@@ -659,6 +660,7 @@ class TDTrainer(SFTTrainer):
         ``teacher``: of :meth:`_live`, or its ``actions``; ``extras``: whatever else the op takes.
         """
         args: TDConfig = self.args
+        sampled = args.normaliser == "batch" and args.batch_vocabulary_law == "student"
         return ops.linear_td_loss(
             hidden,
             head.weight,
@@ -666,7 +668,7 @@ class TDTrainer(SFTTrainer):
             bias=head.bias,
             normaliser=args.normaliser,  # type: ignore[arg-type]
             extra=args.batch_vocabulary_extra,
-            law="student" if args.batch_vocabulary_law == "student" else None,
+            law="student" if sampled else None,
             successor=successor,
             **teacher,
             **{**self._td_options(head), **extras},

@@ -483,6 +483,31 @@ def test_linear_log_probs(impl):
     agree(torch.autograd.grad(total, (hidden, weight, bias)), torch.autograd.grad(wanted, wide))
 
 
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_an_id_that_stands_twice_counts_once(impl, sampled):
+    """As the k likeliest and the taken token may give it: values, tail and gradients."""
+    (hidden, weight, bias), _, actions = make()
+    slots = torch.tensor([2, 0, 1, 2, 3, 4, 5, 0, 5, 0])
+    vocabulary = ops.batch_vocabulary(actions, VOCAB, extra=9) if sampled else None
+    weights, of_tail = torch.randn(ROWS, slots.numel()), torch.randn(ROWS)
+    results = []
+    for twice in (True, False):
+        ids = actions.ids[:, slots] if twice else actions.ids
+        log_probs, tail = ops.linear_log_probs(
+            hidden, weight, ids, bias=bias, vocabulary=vocabulary, temperature=0.7, impl=impl
+        )
+        log_probs = log_probs if twice else log_probs[:, slots]
+        log_probs = torch.where(log_probs == -torch.inf, 0, log_probs)
+        total = (log_probs * weights).sum() + (tail * of_tail).sum()
+        results.append((log_probs, tail, *torch.autograd.grad(total, (hidden, weight, bias))))
+    agree(*results)
+    ids = torch.tensor([[3, 3, 7, -1, -1], [0, 2, 0, 0, 1]])
+    got = ops.linear_log_probs(torch.zeros(2, 4), torch.ones(10, 4), ids, impl=impl)
+    torch.testing.assert_close(got.log_probs.exp(), torch.where(ids < 0, 0, torch.tensor(0.1)))
+    torch.testing.assert_close(got.log_tail.exp(), torch.tensor([0.8, 0.7]))
+
+
 def test_linear_log_probs_keeps_a_tail_that_is_nearly_nothing():
     hidden, weight = torch.eye(2), torch.zeros(40, 2)
     weight[0] = 30.0
