@@ -1,9 +1,10 @@
 """Bias and spread of log Z from a batch vocabulary, and of the gradient, against the exact ones.
 
-    python benchmarks/normaliser.py --teacher DIR --student DIR --data heldout.jsonl
+    python benchmarks/normaliser.py --teacher runs/demo/teacher --data runs/demo/heldout.jsonl \
+        --student before=runs/demo/student-init --student warm=runs/demo/warm/final \
+        --student after=runs/demo/td/final --json benchmarks/results/normaliser.json
 
-Models and data are those of `make demo`: runs/demo/teacher, runs/demo/td/final (or warm/final, or
-student-init) and runs/demo/heldout.jsonl. A batch is as many answers as a training step holds.
+Models and data are those of `make demo`. A batch is as many answers as a training step holds.
 Each m is drawn many times for every batch, uniformly and by the law of ``law="student"``: its mean
 probabilities over 64 rows of the batch, a tenth of them spread evenly.
 """
@@ -11,7 +12,8 @@ probabilities over 64 rows of the batch, a tenth of them spread evenly.
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tdkd import ops, records
+from tdkd.benchmark.report import environment, write_json
 from tdkd.cli.evaluate import collate
 from tdkd.kernels.batch_vocabulary.reference import student_law
 from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer
@@ -26,7 +29,7 @@ from tdkd.objectives import ForwardKL
 from tdkd.types import Scale
 
 EXTRA = (256, 1024, 4096)
-LAWS = ("uniform", "student")
+CASES = [(0, "none"), *((m, law) for law in ("uniform", "student") for m in EXTRA)]
 
 
 class Batch(NamedTuple):
@@ -39,43 +42,56 @@ class Batch(NamedTuple):
     actions: ops.ActionSet
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("teacher", "student", "data"):
+    for name in ("teacher", "data"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--student", required=True, action="append", metavar="NAME=DIR")
     parser.add_argument("--answers", type=int, default=8, help="a batch")
     parser.add_argument("--draws", type=int, default=8, help="vocabularies of each m and batch")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(args)
 
     tokenizer = load_tokenizer(options.teacher, chat=True)
-    teacher, student = load_model(options.teacher), load_model(options.student)
+    teacher = load_model(options.teacher)
     encoded = [records.encode(r, tokenizer, max_length=128) for r in records.read(options.data)]
-    cases = [(0, "none"), *((extra, law) for law in LAWS for extra in EXTRA)]
-    found: dict[tuple[int, str], list[tuple[float, ...]]] = {case: [] for case in cases}
-    columns: dict[tuple[int, str], list[int]] = {case: [] for case in cases}
-    for start in range(0, len(encoded), options.answers):
-        batch = read(teacher, student, tokenizer.pad_token_id, encoded[start:][: options.answers])
-        every = torch.ones_like(batch.tokens, dtype=torch.bool)
-        law = student_law(batch.hidden, batch.weight, None, Scale(), every)
-        for extra, name in cases:
-            draws = options.draws if extra else 1
-            rows, widths = compare(batch, extra, law if name == "student" else None, draws)
-            found[extra, name] += rows
-            columns[extra, name] += widths
-    told = []
-    print("| m | law | columns | bias of log Z | spread | gradient, relative error | cosine |")
-    print("|---|---|---|---|---|---|---|")
-    for extra, name in cases:
-        means = torch.tensor(found[extra, name]).mean(0).tolist()
-        width = sum(columns[extra, name]) / len(columns[extra, name])
-        named = dict(zip(NAMES, means, strict=True))
-        told.append({"extra": extra, "law": name, "columns": width, **named})
-        bias, spread, error, cosine = means
-        shown = f"{bias:+.4f} | {spread:.4f} | {error:.3f} | {cosine:.4f}"
-        print(f"| {extra} | {name} | {width:,.0f} | {shown} |")
+    students = {}
+    print("| student | m | law | columns | bias of log Z | spread | gradient, error | cosine |")
+    print("|---|---|---|---|---|---|---|---|")
+    for given in options.student:
+        name, _, path = given.rpartition("=")
+        student = load_model(path)
+        batches = [
+            read(teacher, student, tokenizer.pad_token_id, encoded[start:][: options.answers])
+            for start in range(0, len(encoded), options.answers)
+        ]
+        students[name] = [measure(batches, *case, options.draws) for case in CASES]
+        for row in students[name]:
+            print(
+                f"| {name} | {row['extra']} | {row['law']} | {row['columns']:,.0f} | "
+                f"{row['bias']:+.4f} | {row['spread']:.4f} | {row['gradient_error']:.3f} | "
+                f"{row['gradient_cosine']:.4f} |"
+            )
     if options.json:
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
+        drawn = {"answers": options.answers, "draws": options.draws}
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        write_json(options.json, {"date": date, **environment(), **drawn, "students": students})
+
+
+def measure(batches: list[Batch], extra: int, law: str, draws: int) -> dict[str, object]:
+    """Means over batches and draws of what :func:`compare` finds."""
+    found: list[tuple[float, ...]] = []
+    columns: list[int] = []
+    for batch in batches:
+        every = torch.ones_like(batch.tokens, dtype=torch.bool)
+        chances = None
+        if law == "student":
+            chances = student_law(batch.hidden, batch.weight, None, Scale(), every)
+        rows, widths = compare(batch, extra, chances, draws if extra else 1)
+        found += rows
+        columns += widths
+    means = dict(zip(NAMES, torch.tensor(found).mean(0).tolist(), strict=True))
+    return {"extra": extra, "law": law, "columns": sum(columns) / len(columns), **means}
 
 
 NAMES = ("bias", "spread", "gradient_error", "gradient_cosine")

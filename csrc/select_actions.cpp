@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor> select_actions(const Tensor& logits, int64_t 
                                                   double temperature, std::optional<double> softcap,
                                                   double logit_scale, std::optional<Tensor> include,
                                                   std::optional<Tensor> state) {
-  STD_TORCH_CHECK(k >= 1, "k: expected an int >= 1, got ", k);
+  require(k >= 1, "k: expected an int >= 1, got ", k);
   const LogitRows rows(logits);
   const Selection how{k, top_p < 1 ? top_p * (1.0 - 1e-5) : 2.0,
                       make_scale(temperature, softcap, logit_scale)};

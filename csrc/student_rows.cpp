@@ -130,7 +130,7 @@ void student_rows_backward_(const Tensor& grad_z, const Tensor& grad_rest, Tenso
                             const Tensor& ids, const Tensor& log_rest, double temperature,
                             std::optional<double> softcap, double logit_scale,
                             std::optional<Tensor> log_weight, std::optional<Tensor> state) {
-  STD_TORCH_CHECK(logits.is_contiguous(), "logits: expected contiguous ones, to be overwritten");
+  require(logits.is_contiguous(), "logits: expected contiguous ones, to be overwritten");
   write_gradient(grad_z, grad_rest, logits, ids, log_rest,
                  make_scale(temperature, softcap, logit_scale), log_weight, state, logits);
 }

@@ -21,8 +21,8 @@ std::vector<int64_t> last_first(const Integers& successor, int64_t n) {
       row = successor[row];
     }
     bound.check("successor");
-    STD_TORCH_CHECK(row < 0 || seen[row] == 2,
-                    "successor: expected chains that end, got a cycle through row ", row);
+    require(row < 0 || seen[row] == 2,
+            "successor: expected chains that end, got a cycle through row ", row);
     for (; !path.empty(); path.pop_back()) {
       seen[path.back()] = 2;
       order.push_back(path.back());

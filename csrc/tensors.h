@@ -8,6 +8,8 @@
 
 #include <atomic>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <vector>
 
 #include "rows.h"
@@ -16,6 +18,15 @@ namespace tdkd {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+/// Refuses with these words alone; STD_TORCH_CHECK adds where the source lay when it was compiled.
+template <class... Words>
+void require(bool holds, const Words&... words) {
+  if (holds) return;
+  std::ostringstream text;
+  (text << ... << words);
+  throw std::runtime_error(text.str());
+}
 
 inline Scale make_scale(double temperature, std::optional<double> softcap, double logit_scale) {
   return {float(temperature), float(softcap.value_or(0)), float(logit_scale)};
@@ -69,10 +80,8 @@ class Integers {
  public:
   explicit Integers(const Tensor& x)
       : tensor(torch::stable::contiguous(x)), data(tensor.const_data_ptr()) {
-    STD_TORCH_CHECK(
-        tensor.scalar_type() == ScalarType::Int || tensor.scalar_type() == ScalarType::Long,
-        "expected int32 or int64");
     wide = tensor.scalar_type() == ScalarType::Long;
+    require(wide || tensor.scalar_type() == ScalarType::Int, "expected int32 or int64");
   }
   int64_t operator[](int64_t i) const {
     return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
@@ -95,7 +104,7 @@ class Bound {
   }
   void check(const char* name) const {
     int64_t id = misfit.load();
-    STD_TORCH_CHECK(id < 0, name, ": expected ids below ", size, ", got ", id);
+    require(id < 0, name, ": expected ids below ", size, ", got ", id);
   }
 
  private:
@@ -114,7 +123,7 @@ void with_type(const Tensor& x, F f) {
     case ScalarType::Half:
       return f(Half());
     default:
-      STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
+      require(false, "expected float32, bfloat16 or float16");
   }
 }
 

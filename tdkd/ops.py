@@ -34,7 +34,6 @@ from tdkd.kernels import student_rows as _student_rows
 from tdkd.kernels import td_target as _td_target
 from tdkd.kernels.batch_vocabulary import reference as _batch_vocabulary
 from tdkd.kernels.gather_q import reference as _gather_q_reference
-from tdkd.kernels.head import factor_dtype as _factor_dtype
 from tdkd.kernels.linear_gather_q import reference as _linear_gather_q_reference
 from tdkd.kernels.linear_rows import reference as _linear_rows_reference
 from tdkd.kernels.linear_rows.in_forward import linear_loss
@@ -73,9 +72,6 @@ Impl = Literal["auto", "reference", "fused"]
 Level = Literal["log_prob", "logit", "shifted"]
 Normaliser = Literal["exact", "batch"]
 Reduction = Literal["mean", "sum", "none"]
-
-CAPACITY_STEP = 1024
-"""Batch vocabularies that are padded have a multiple of it as their size."""
 
 
 def select_actions(
@@ -356,7 +352,8 @@ def td_loss(
         ignore_index: see ``tokens``.
         reduction: "mean" over the rows that count, "sum", or "none" (0 on rows that do not count).
             Rows without a known V' do not count for an objective that bootstraps.
-        num_items_in_batch: divides the sum in place of the number of rows that count ("mean" only).
+        num_items_in_batch: divides the sum in place of the number of rows that count ("mean"
+            only); 0 makes the loss 0.
         check: refuse ids out of range and rows without a usable logit, at the price of a host sync.
         impl: "auto", "reference" or "fused" (raises where no kernel exists).
     Returns:
@@ -520,7 +517,7 @@ def linear_gather_q(
         temperature: divides the logits, > 0.
         softcap: as in :func:`select_actions`.
         logit_scale: as in :func:`select_actions`.
-        check: refuse ids >= V, at the price of a host sync.
+        check: refuse ids >= V on a GPU too, at the price of a host sync; on a CPU they always are.
         impl: "auto", "reference" or "fused" (raises where no kernel exists).
     Returns:
         Q-values in nats, ``(..., k)``, float32; -inf where padded.
@@ -531,7 +528,7 @@ def linear_gather_q(
     weight, bias = _head("hidden", hidden, "weight", weight, "bias", bias, None)
     scale = _scale("", temperature, softcap, logit_scale)
     _set_ids("ids", ids, hidden.shape[:-1], hidden)
-    if check:
+    if _looked_at(ids, check):
         _ids_below("ids", ids, weight.shape[0])
     rows = ids.shape[:-1].numel()
     flat = hidden.reshape(rows, hidden.shape[-1])
@@ -565,7 +562,8 @@ def linear_logsumexp(
         temperature: divides the logits, > 0.
         softcap: as in :func:`select_actions`.
         logit_scale: as in :func:`select_actions`.
-        vocab_size: columns at and above it are padding and do not exist.
+        vocab_size: columns at and above it are padding and do not exist. Where there are some,
+            backward makes a second gradient of the head, for the rows that are left.
         impl: "auto", "reference" or "fused" (raises where no kernel exists).
     Returns:
         ``(...)``, float32, nats.
@@ -609,14 +607,15 @@ def linear_log_probs(
     Args:
         hidden: last hidden states ``(..., H)``.
         weight: head ``(V, H)``.
-        ids: token ids ``(..., k)``, int32 or int64; negative ids pad.
+        ids: token ids ``(..., k)``, int32 or int64; negative ids pad. One that stands twice in a
+            row has its log-probability at both places, and counts once against the tail.
         vocabulary: as in :func:`linear_logsumexp`; must hold every id.
         bias: head bias ``(V,)``.
         temperature: divides the logits, > 0.
         softcap: as in :func:`select_actions`.
         logit_scale: as in :func:`select_actions`.
-        vocab_size: columns at and above it are padding and do not exist.
-        check: refuse ids >= V, at the price of a host sync.
+        vocab_size: as in :func:`linear_logsumexp`.
+        check: refuse ids >= V on a GPU too, at the price of a host sync; on a CPU they always are.
         impl: "auto", "reference" or "fused" (raises where no kernel exists).
     Returns:
         ``LogProbs(log_probs float32 (..., k), log_tail float32 (...))``, nats; -inf where padded.
@@ -632,7 +631,7 @@ def linear_log_probs(
     scale = _scale("", temperature, softcap, logit_scale)
     lead = hidden.shape[:-1]
     _set_ids("ids", ids, lead, hidden)
-    if check:
+    if _looked_at(ids, check):
         _ids_below("ids", ids, weight.shape[0])
     k = ids.shape[-1]
     flat, ids_of = hidden.reshape(lead.numel(), hidden.shape[-1]), ids.reshape(lead.numel(), k)
@@ -640,7 +639,8 @@ def linear_log_probs(
         _holds(vocabulary, ids_of, check)
     linear_rows = _linear_rows_of(impl, hidden, weight, k)
     z, log_rest = linear_rows(flat, weight, bias, ids_of, scale, vocabulary)
-    log_z = torch.logaddexp(soft_value(z, impl=impl), log_rest)
+    held = soft_value(torch.where(_repeated(ids_of), -torch.inf, z), impl=impl)
+    log_z = torch.logaddexp(held, log_rest)
     return LogProbs((z - log_z.unsqueeze(-1)).view(ids.shape), (log_rest - log_z).view(lead))
 
 
@@ -665,8 +665,9 @@ def batch_vocabulary(
         vocab_size: V.
         extra: number of sampled columns, >= 0 (all others, if there are fewer; within one, where
             ``law`` is given).
-        law: chances of the columns up to a factor, ``(V,)``, >= 0; the best is near to the
-            student's mean probabilities. None is uniform. Systematic sampling from a random order.
+        law: chances of the columns up to a factor, ``(V,)``, finite and >= 0; the best is near to
+            the student's mean probabilities. None is uniform. Systematic sampling from a random
+            order.
         capacity: size M of the result, padded at its end; it must hold the union and the sample.
             With it no host sync is needed on a GPU. None: M is what the data ask for.
             (:func:`linear_td_loss` then pads it to a multiple of 1,024 on a GPU.)
@@ -676,8 +677,9 @@ def batch_vocabulary(
     Raises:
         TypeError: ``law`` is not floating point.
         ValueError: ``extra`` is negative, ``vocab_size`` < 1, ``law`` has another shape, or (on a
-            CPU) a member is >= ``vocab_size`` or ``capacity`` is too small.
-        RuntimeError: on a GPU, asynchronously, in place of the last two.
+            CPU) holds a number that is no chance, a member is >= ``vocab_size`` or ``capacity`` is
+            too small.
+        RuntimeError: on a GPU, asynchronously, in place of the last three.
     """
     if vocab_size < 1:
         raise ValueError(f"vocab_size: expected a number >= 1, got {vocab_size!r}")
@@ -690,7 +692,8 @@ def batch_vocabulary(
         _same_shape("law", law, torch.Size([vocab_size]), "the vocabulary")
         _same_device("law", law, actions.ids)
         law = law.detach()
-    if not actions.ids.is_cuda and not torch.compiler.is_compiling():
+        _chances("law", law)
+    if _looked_at(actions.ids):
         _ids_below("actions", actions.ids, vocab_size)
     return _batch_vocabulary.batch_vocabulary(
         actions.ids,
@@ -746,8 +749,9 @@ def linear_td_loss(
     their gradient in place. The head's gradient adds up in float32; a head of another dtype than
     the factors, and a chunk's gradient, are copied for the products.
 
-    The teacher is live (``teacher_hidden`` and ``teacher_weight``) or given as ``actions``, which
-    must hold the taken tokens (``include=tokens``).
+    The teacher is live (``teacher_hidden`` and ``teacher_weight``) or given as ``actions``.
+
+    Gradients that are made in forward (``docs/performance.md``) are held in float32 until backward.
 
     Args:
         student_hidden: last hidden states ``(..., H)``.
@@ -755,27 +759,36 @@ def linear_td_loss(
         tokens: taken tokens ``(...)``, already shifted; ``ignore_index`` where a row is no state.
         teacher_hidden: ``(..., H_t)``, no gradient.
         teacher_weight: ``(V, H_t)``, no gradient.
-        actions: action sets in place of a live teacher; then ``k``, ``top_p`` and the teacher's
-            options have no say.
+        actions: action sets in place of a live teacher, distinct ids in each, the taken token
+            among them (``include=tokens``); a state whose set is empty does not count. Then ``k``,
+            ``top_p`` and the teacher's options have no say.
         normaliser: how ``log Z`` is had where the objective or ``q="log_prob"`` needs it:
             ``"exact"`` over all columns, or ``"batch"`` from the batch vocabulary, unless that
-            would hold most columns (``tdkd info`` tells the bound): then over all of them.
+            would hold most columns (``tdkd info`` tells the bound): then over all of them. Where
+            nothing needs it, neither this nor what follows has a say.
         vocabulary: for ``"batch"``: columns in place of
-            ``batch_vocabulary(actions, V, extra=extra)``; must hold every member.
-        extra: for ``"batch"``: number of sampled columns; ``capacity`` as in
-            :func:`batch_vocabulary`.
-        law: likewise; ``"student"`` takes the student's mean probabilities over 64 of these rows
-            (a product with the whole head, of those alone) and a tenth of the uniform law: an
-            estimate several times nearer to the exact one (`benchmarks/normaliser.py`).
+            ``batch_vocabulary(actions, V, extra=extra)``; must hold every member. Then the next
+            four have no say.
+        extra: for ``"batch"``: number of sampled columns. Neither it nor ``generator`` has a say
+            with ``"exact"``; ``vocabulary``, ``law`` and ``capacity`` are refused there.
+        law: for ``"batch"``: as in :func:`batch_vocabulary`; ``"student"`` takes the student's mean
+            probabilities over 64 of these rows (a product with the whole head, of those alone) and
+            a tenth of the uniform law: an estimate several times nearer to the exact one
+            (`benchmarks/normaliser.py`).
+        capacity: for ``"batch"``: as in :func:`batch_vocabulary`.
         generator: for ``"batch"``: source of randomness.
         bias: the student's head bias ``(V,)``; ``teacher_bias`` is the teacher's.
+        vocab_size: as in :func:`linear_logsumexp`; needed where the models pad differently.
+        check: refuse ids out of range, rows without a usable logit, and ``actions`` with an id
+            twice in a set or without the taken token, at the price of a host sync. On a CPU members
+            out of range and sets without the taken token always are.
         objective: as in :func:`td_loss`, and so are the others.
     Returns:
         ``TDOutput(loss, q, value, td_error, actions, entropy)``.
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: an argument is out of range, shapes do not fit, or both or neither of a live
-            teacher and ``actions`` are given.
+        ValueError: an argument is out of range, shapes do not fit, both or neither of a live
+            teacher and ``actions`` are given, or an option of ``"batch"`` with ``"exact"``.
     """
     weight, bias = _head(
         "student_hidden", student_hidden, "student_weight", student_weight, "bias", bias, vocab_size
@@ -785,8 +798,12 @@ def linear_td_loss(
     _choice("normaliser", normaliser, ("exact", "batch"))
     if isinstance(law, str):
         _choice("law", law, ("student",))
-    if normaliser == "exact" and vocabulary is not None:
-        raise ValueError('vocabulary: expected None with normaliser="exact", got a Vocabulary')
+    if normaliser == "exact":
+        for name, option in (("vocabulary", vocabulary), ("law", law), ("capacity", capacity)):
+            if option is not None:
+                raise ValueError(
+                    f'{name}: expected None with normaliser="exact", got {type(option).__name__}'
+                )
     scale = _scale("", temperature, softcap, logit_scale)
     state = tokens != ignore_index
     if check:
@@ -808,6 +825,7 @@ def linear_td_loss(
             "teacher: expected either teacher_hidden and teacher_weight, or actions, got "
             f"{' and '.join(given) or 'none of them'}"
         )
+    live = actions is None
     if actions is None:
         assert teacher_hidden is not None
         assert teacher_weight is not None
@@ -846,8 +864,6 @@ def linear_td_loss(
         )
     else:
         _set_ids("actions", actions.ids, lead, student_hidden)
-        if check:
-            _ids_below("actions", actions.ids, weight.shape[0])
 
     # rows that are no states have no say in which columns exist, nor in the head's gradient, where
     # a NaN of theirs would survive as 0 * NaN
@@ -855,6 +871,10 @@ def linear_td_loss(
     flat = student_hidden if _all_states(state) else torch.where(here, student_hidden, 0.0)
     flat = flat.reshape(tokens.numel(), student_hidden.shape[-1])
     used = actions._replace(ids=torch.where(here, actions.ids, -1))
+    if not live and _looked_at(used.ids, check):
+        _ids_below("actions", used.ids, weight.shape[0])
+    if not live and check:
+        _distinct("actions", used.ids)
     objective = IQLearn() if objective is None else objective
     rows = _td_rows(
         used,
@@ -869,6 +889,8 @@ def linear_td_loss(
         ignore_index=ignore_index,
         impl=impl,
     )
+    if not live and _looked_at(rows.ids, check):
+        _taken_held("actions", rows, tokens)
     divisor = _divisor(rows, reduction, num_items_in_batch)
     if not _needs_normaliser(objective, q):
         gather = _head_rows_of(impl, flat, weight, rows.ids.shape[-1])
@@ -880,7 +902,7 @@ def linear_td_loss(
     if normaliser == "batch" and vocabulary is None:
         if isinstance(law, str):
             law = _batch_vocabulary.student_law(flat, weight, bias, scale, rows.state)
-        room = _capacity(capacity, rows.ids, extra, weight.shape[0])
+        room = _routes.capacity(capacity, rows.ids, extra, weight.shape[0])
         vocabulary = batch_vocabulary(
             used,
             weight.shape[0],
@@ -899,7 +921,7 @@ def linear_td_loss(
     if vocabulary is not None:
         route = "log Z from the batch vocabulary"
     fused = _fused(impl, flat, weight, k=rows.ids.shape[-1])
-    if fused and reduction != "none" and _in_forward(rows, flat, weight):
+    if fused and reduction != "none" and _routes.in_forward(rows, flat, weight):
         terms_in_forward = linear_loss(flat, weight, bias, scale, vocabulary, rows, divisor)
         if terms_in_forward is not None:
             _tell(f"{route}, gradients in forward", flat, weight)
@@ -916,27 +938,9 @@ def _all_states(state: Tensor) -> bool:
     return not (state.is_cuda or torch.compiler.is_compiling()) and bool(state.all())
 
 
-def _in_forward(rows: TDRows, hidden: Tensor, weight: Tensor) -> bool:
-    """Whether gradients can be made in forward: a chunk's loss must be a matter of its own rows
-    and their neighbours, and to look at these a GPU would have to wait for its host. There products
-    of float16 would also lose what a loss scale, which comes in backward, is there to keep."""
-    return (
-        getattr(rows.objective, "rowwise", False)
-        and rows.state_value is None
-        and _learns(hidden, weight)
-        and not torch.compiler.is_compiling()
-        and not (hidden.is_cuda and rows.looks_ahead)
-        and _factor_dtype(hidden, weight) != torch.float16
-    )
-
-
-def _learns(hidden: Tensor, weight: Tensor) -> bool:
-    return torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-
-
 def _tell(route: str, hidden: Tensor, weight: Tensor) -> None:
     """Logs, once in a process, the way that a loss on a head of this size takes."""
-    if not torch.compiler.is_compiling() and _learns(hidden, weight):
+    if not torch.compiler.is_compiling() and _routes.learns(hidden, weight):
         columns, width = weight.shape
         where = f"V = {columns:,}, H = {width:,}, {weight.device.type}"
         _log(logging.INFO, f"linear_td_loss, {where}: {route}")
@@ -947,26 +951,22 @@ def _log(level: int, message: str) -> None:
     logger.log(level, message)
 
 
-def _capacity(given: int | None, ids: Tensor, extra: int, columns: int) -> int | None:
-    """Room for a batch vocabulary. On GPUs, where its true size costs a host sync, the bound on it
-    will do if that is small."""
-    if given is not None or not ids.is_cuda:
-        return given
-    bound = -(-(ids.numel() + extra + 1) // CAPACITY_STEP) * CAPACITY_STEP
-    return bound if bound <= columns // 4 else None
+def _looked_at(x: Tensor, check: bool = False) -> bool:
+    """Whether values are looked at: on request, and on a CPU, which need not be waited for."""
+    return check or (x.device.type == "cpu" and not torch.compiler.is_compiling())
 
 
 def _bucketed(vocabulary: Vocabulary) -> Vocabulary:
     """Padded to a multiple of ``CAPACITY_STEP``: few sizes, and products that are aligned."""
     ids, log_weight = vocabulary
-    spare = (0, -ids.numel() % CAPACITY_STEP)
+    spare = (0, -ids.numel() % _routes.CAPACITY_STEP)
     pad = torch.nn.functional.pad
     return Vocabulary(pad(ids, spare, value=-1), pad(log_weight, spare, value=-torch.inf))
 
 
 def _holds(vocabulary: Vocabulary, ids: Tensor, check: bool) -> None:
-    """Refuses a vocabulary without some member; on GPUs on request, since it waits for them."""
-    if torch.compiler.is_compiling() or (ids.is_cuda and not check):
+    """Refuses a vocabulary without some member."""
+    if not _looked_at(ids, check):
         return
     missing = (ids >= 0) & ~torch.isin(ids, vocabulary.ids)
     if bool(missing.any()):
@@ -1051,7 +1051,12 @@ def _divisor(
     _choice("reduction", reduction, ("mean", "sum", "none"))
     if reduction != "mean":
         return 1.0
-    return rows.counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    if num_items_in_batch is None:
+        return rows.counted.sum().clamp(min=1)
+    # without items there is nothing to lose
+    if isinstance(num_items_in_batch, Tensor):
+        return torch.where(num_items_in_batch == 0, torch.inf, num_items_in_batch)
+    return num_items_in_batch or torch.inf
 
 
 def _td_output(
@@ -1178,7 +1183,7 @@ def _same_vocabulary(name: str, teacher: int, student: int, vocab_size: int | No
 
 
 def _columns(name: str, logits: Tensor, vocab_size: int | None) -> Tensor:
-    if vocab_size is None:
+    if vocab_size is None or vocab_size == logits.shape[-1]:
         return logits
     if not 1 <= vocab_size <= logits.shape[-1]:
         raise ValueError(
@@ -1213,8 +1218,9 @@ def _head(
                 f"{tuple(bias.shape)}"
             )
         _same_device(bias_name, bias, hidden)
-    if vocab_size is not None:
-        if not 1 <= vocab_size <= weight.shape[0]:
+    # a slice of everything would cost a second gradient too
+    if vocab_size is not None and vocab_size != weight.shape[0]:
+        if not 1 <= vocab_size < weight.shape[0]:
             raise ValueError(
                 f"vocab_size: expected 1 to {weight.shape[0]}, the rows of {weight_name}, got "
                 f"{vocab_size!r}"
@@ -1228,6 +1234,40 @@ def _ids_below(name: str, ids: Tensor, vocab: int) -> None:
         raise ValueError(
             f"{name}: expected ids below the vocabulary's size {vocab}, got {int(ids.max())}"
         )
+
+
+def _repeated(ids: Tensor) -> Tensor:
+    """bool ``(..., k)``: all but one of the slots of each id >= 0 of a row."""
+    ordered, slot = ids.sort(dim=-1)
+    again = torch.zeros_like(ids, dtype=torch.bool)
+    again[..., 1:] = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    return torch.zeros_like(again).scatter(-1, slot, again)
+
+
+def _distinct(name: str, ids: Tensor) -> None:
+    again = _repeated(ids)
+    if bool(again.any()):
+        raise ValueError(f"{name}: expected distinct ids in a set, got {int(ids[again][0])} twice")
+
+
+def _taken_held(name: str, rows: TDRows, tokens: Tensor) -> None:
+    """Refuses sets without the taken token, whose rows would drop out of the loss; a set that is
+    empty is one of which the teacher knows nothing."""
+    without = ~rows.state & (rows.ids >= 0).any(-1)
+    if bool(without.any()):
+        row = int(without.int().argmax())
+        raise ValueError(
+            f"{name}: expected sets that hold the taken tokens (include=tokens), got one without "
+            f"{int(tokens.flatten()[row])} in row {row} of {without.numel()}"
+        )
+
+
+def _chances(name: str, law: Tensor) -> None:
+    fits = (law >= 0) & law.isfinite()
+    if not _looked_at(law):
+        torch._assert_async(fits.all(), f"{name}: expected finite numbers >= 0, got others")
+    elif not bool(fits.all()):
+        raise ValueError(f"{name}: expected finite numbers >= 0, got {float(law[~fits][0]):g}")
 
 
 def _tokens_fit(tokens: Tensor, vocab: int, ignore_index: int) -> None:

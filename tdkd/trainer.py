@@ -580,7 +580,8 @@ class TDTrainer(SFTTrainer):
 
         hidden = rows(student)
         head = lm_head(student)
-        items = max(1, taken.numel()) if num_items_in_batch is None else num_items_in_batch
+        items = taken.numel() if num_items_in_batch is None else num_items_in_batch
+        items = torch.as_tensor(items).clamp(min=1)
         loss = hidden.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
         folded = self._lm_is_folded()
@@ -693,6 +694,7 @@ class TDTrainer(SFTTrainer):
         ``teacher``: of :meth:`_live`, or its ``actions``; ``extras``: whatever else the op takes.
         """
         args: TDConfig = self.args
+        sampled = args.normaliser == "batch" and args.batch_vocabulary_law == "student"
         with self._mixed():
             return ops.linear_td_loss(
                 hidden,
@@ -701,7 +703,7 @@ class TDTrainer(SFTTrainer):
                 bias=head.bias,
                 normaliser=args.normaliser,  # type: ignore[arg-type]
                 extra=args.batch_vocabulary_extra,
-                law="student" if args.batch_vocabulary_law == "student" else None,
+                law="student" if sampled else None,
                 successor=successor,
                 **teacher,
                 **{**self._td_options(head), **extras},

@@ -18,6 +18,7 @@ from tdkd.benchmark.rivals import ANCHORS, Rival, Skip, rivals_of
 from tdkd.benchmark.run import Options, closing, run
 from tdkd.cli import app
 from tdkd.errors import UserError
+from tdkd.kernels import head, routes
 from tdkd.testing import LOGITS, make_logits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -413,6 +414,53 @@ def test_a_case_of_mixed_precision():
         assert got.dtype == coarse.dtype == torch.float32
         assert 0 < (got - coarse).norm() < 0.1 * got.norm()
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", ["linear_gather_q", "linear_td_loss"])
+def test_every_way_is_taken_and_gives_the_same(monkeypatch, op, dtype):
+    """Whatever the rule says of a case: here it gathers, and takes all columns."""
+    case = Case(op, 20, 1400, k=8, sets="random", hidden=16, dtype=dtype, ways=True)
+    widths = []
+
+    class Counted(head.Head):
+        def __init__(self, hidden, weight, bias):
+            widths.append(weight.shape[0])
+            super().__init__(hidden, weight, bias)
+
+    monkeypatch.setattr(head, "Head", Counted)
+    inputs, found, looked = make_inputs(case)[0], {}, {}
+    for rival in rivals_of(case):
+        del widths[:]
+        found[rival.name] = rival.prepare(case)(inputs)
+        looked[rival.name] = set(widths)
+    if op == "linear_gather_q":
+        assert (looked["tdkd"], looked["k rows"], looked["all rows"]) == (set(), set(), {1400})
+        pairs = [("tdkd", "k rows"), ("all rows", "k rows"), ("all rows", "dense")]
+    else:
+        assert looked["tdkd"] == looked["exact"] == {1400}
+        assert 1120 <= min(looked["batch"]) == max(looked["batch"]) < 1400
+        pairs = [("tdkd", "exact")]
+        assert found["batch"][2].shape == (1400, 16)
+    unit = torch.finfo(getattr(torch, dtype)).eps
+    for one, other in pairs:
+        for got, expected in zip(found[one], found[other], strict=True):
+            error = (got.double() - expected.double()).abs().max()
+            assert error <= 8 * unit * expected.abs().max()
+
+
+def test_the_routes_are_measured_where_they_may_cross():
+    cases = SUITES["routes"]
+    assert choose("routes") == cases
+    for op, vocab in (("linear_gather_q", 151_936), ("linear_td_loss", 151_936)):
+        mine = [case for case in cases if case.op == op]
+        assert all(case.ways and case.k <= case.vocab for case in mine)
+        assert any(case.vocab == vocab for case in mine)
+        assert any(case.hidden >= 2048 for case in mine)
+        assert any(case.rows <= 64 for case in mine)
+        assert any(case.dtype == "bfloat16" for case in mine)
+    sides = {routes.gathers("cpu", c.k, c.vocab, c.hidden) for c in cases if "gather" in c.op}
+    assert sides == {True, False}
 
 
 def test_real_sets_are_those_that_were_measured():

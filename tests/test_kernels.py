@@ -245,9 +245,9 @@ def test_td_target(lam, gamma, rewarded):
 
 def test_td_target_refuses_what_is_no_chain():
     value = torch.zeros(3)
-    with pytest.raises(RuntimeError, match="successor: expected chains that end.*cycle"):
+    with pytest.raises(RuntimeError, match="^successor: expected chains that end.*cycle"):
         ops.td_target(value, torch.tensor([1, 2, 0]), impl="fused")
-    with pytest.raises(RuntimeError, match="successor: expected ids below 3, got 3"):
+    with pytest.raises(RuntimeError, match="^successor: expected ids below 3, got 3"):
         ops.td_target(value, torch.tensor([1, 3, -1]), impl="fused")
 
 
@@ -259,9 +259,9 @@ def test_ids_out_of_range_are_refused_not_read():
         lambda: student_rows.student_rows(logits, ids, Scale()),
         lambda: torch.ops.tdkd.gather_q_backward(torch.ones(2, 1), logits, ids, 1.0, None, 1.0),
     ):
-        with pytest.raises(RuntimeError, match="ids: expected ids below 10, got 10"):
+        with pytest.raises(RuntimeError, match="^ids: expected ids below 10, got 10"):
             call()
-    with pytest.raises(RuntimeError, match="include: expected ids below 10, got 12"):
+    with pytest.raises(RuntimeError, match="^include: expected ids below 10, got 12"):
         ops.select_actions(logits, 2, include=torch.tensor([12, 0]), impl="fused")
 
 

@@ -10,7 +10,6 @@ from tdkd import types as ops_types
 from tdkd.kernels import head, routes
 from tdkd.kernels.batch_vocabulary import reference as batch_vocabulary_reference
 from tdkd.kernels.batch_vocabulary.reference import student_law
-from tdkd.kernels.linear_rows import in_forward
 from tdkd.objectives import LK, LSIQ, CrossEntropy, ForwardKL, IQLearn, ReverseKL, SoftTD
 
 ROWS, VOCAB, WIDTH, K = 23, 90, 12, 6
@@ -28,7 +27,7 @@ OBJECTIVES = [
 @pytest.fixture(autouse=True)
 def four_rows_a_chunk(monkeypatch):
     monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", 4 * VOCAB)
-    monkeypatch.setattr(in_forward, "MOST_LINKS", 0.3)  # chunks are shorter than any in earnest
+    monkeypatch.setattr(routes, "MOST_LINKS", 0.3)  # chunks are shorter than any in earnest
 
 
 @pytest.fixture
@@ -146,7 +145,7 @@ def test_successors_far_away_are_not_worth_it_and_right_all_the_same(products):
 
 
 def test_any_links_between_chunks_give_the_same_gradients(monkeypatch, products):
-    monkeypatch.setattr(in_forward, "MOST_LINKS", 1.0)
+    monkeypatch.setattr(routes, "MOST_LINKS", 1.0)
     for seed in range(6):
         leaves, tokens, actions = make(seed=seed)
         options = {"objective": OBJECTIVES[1], "successor": shuffled(tokens, seed)}
@@ -407,6 +406,48 @@ def test_routes():
     assert torch.equal(batch.loss, loss(leaves, tokens, actions, objective=OBJECTIVES[0]).loss)
 
 
+def test_a_way_can_be_forced(products):
+    """For measurements: within it alone, and whatever the rule says."""
+    (hidden, weight, bias), tokens, actions = make()
+    ids = torch.rand(ROWS, VOCAB).topk(3).indices.int()
+
+    def made(call):
+        del products[:]
+        call()
+        return sum(products)
+
+    def gather():
+        return made(lambda: ops.linear_gather_q(hidden, weight, ids, bias=bias))
+
+    assert gather() == 0
+    with routes.forced("products"):
+        assert gather() == ROWS
+        with routes.forced("gather"):
+            assert gather() == 0
+        assert gather() == ROWS
+    assert gather() == 0
+
+    members = actions.ids[tokens != -100]
+    held = members[members >= 0].unique().numel()
+
+    def touched(extra):
+        """Columns of the head that the loss looked at."""
+        options = {"objective": OBJECTIVES[0], "normaliser": "batch", "extra": extra}
+        out = loss((hidden, weight, bias), tokens, actions, **options)
+        return int(torch.autograd.grad(out.loss, weight)[0].any(-1).sum())
+
+    few, most = 0, VOCAB - held - 1
+    assert routes.pays(held, VOCAB)
+    assert (touched(few), touched(most)) == (held, VOCAB)
+    with routes.forced("exact"):
+        assert touched(few) == VOCAB
+    with routes.forced("batch"):
+        assert touched(most) == VOCAB - 1
+    with pytest.raises(RuntimeError, match="no more"), routes.forced("exact"):
+        raise RuntimeError("no more")
+    assert touched(few) == held
+
+
 @pytest.mark.parametrize("k", [3, 40])
 def test_linear_gather_q_is_the_same_on_either_side_of_the_rule(k):
     (hidden, weight, bias), _, _ = make()
@@ -440,6 +481,31 @@ def test_linear_log_probs(impl):
     total = (torch.where(held, got.log_probs, 0) * grad).sum() + (got.log_tail * of_tail).sum()
     wanted = (torch.where(held, picked, 0) * grad).sum() + (tail * of_tail).sum()
     agree(torch.autograd.grad(total, (hidden, weight, bias)), torch.autograd.grad(wanted, wide))
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_an_id_that_stands_twice_counts_once(impl, sampled):
+    """As the k likeliest and the taken token may give it: values, tail and gradients."""
+    (hidden, weight, bias), _, actions = make()
+    slots = torch.tensor([2, 0, 1, 2, 3, 4, 5, 0, 5, 0])
+    vocabulary = ops.batch_vocabulary(actions, VOCAB, extra=9) if sampled else None
+    weights, of_tail = torch.randn(ROWS, slots.numel()), torch.randn(ROWS)
+    results = []
+    for twice in (True, False):
+        ids = actions.ids[:, slots] if twice else actions.ids
+        log_probs, tail = ops.linear_log_probs(
+            hidden, weight, ids, bias=bias, vocabulary=vocabulary, temperature=0.7, impl=impl
+        )
+        log_probs = log_probs if twice else log_probs[:, slots]
+        log_probs = torch.where(log_probs == -torch.inf, 0, log_probs)
+        total = (log_probs * weights).sum() + (tail * of_tail).sum()
+        results.append((log_probs, tail, *torch.autograd.grad(total, (hidden, weight, bias))))
+    agree(*results)
+    ids = torch.tensor([[3, 3, 7, -1, -1], [0, 2, 0, 0, 1]])
+    got = ops.linear_log_probs(torch.zeros(2, 4), torch.ones(10, 4), ids, impl=impl)
+    torch.testing.assert_close(got.log_probs.exp(), torch.where(ids < 0, 0, torch.tensor(0.1)))
+    torch.testing.assert_close(got.log_tail.exp(), torch.tensor([0.8, 0.7]))
 
 
 def test_linear_log_probs_keeps_a_tail_that_is_nearly_nothing():

@@ -8,7 +8,7 @@ from checks import check_refused
 from test_ops import LargestTensor
 
 from tdkd import ops
-from tdkd.kernels import backends
+from tdkd.kernels import backends, routes
 from tdkd.kernels.batch_vocabulary.reference import inclusion, systematic
 from tdkd.kernels.linear_rows import reference as linear_rows_reference
 from tdkd.kernels.linear_rows.reference import position_in, row_chunks
@@ -344,6 +344,11 @@ x, h, w = torch.zeros(2, 5), torch.zeros(2, 4), torch.zeros(5, 4)
 token, some = torch.tensor([1, 2]), torch.tensor([[1], [2]])
 META = {"device": "meta"}
 SETS = ops.ActionSet(some.int(), torch.zeros(2, 1), torch.ones(2, dtype=torch.int32))
+TWICE = ops.ActionSet(
+    torch.tensor([[1, 3, -1, -1], [2, 4, 2, -1]], dtype=torch.int32),
+    torch.full((2, 4), -2.0),
+    torch.tensor([2, 3], dtype=torch.int32),
+)
 VOCABULARY = ops.Vocabulary(torch.arange(5, dtype=torch.int32), torch.zeros(5))
 LIVE = {"teacher_hidden": h, "teacher_weight": w}
 
@@ -551,6 +556,20 @@ REFUSED = {
         lambda: ops.batch_vocabulary(SETS, 5, law=torch.ones(5, **META)),
         "law: expected a tensor on cpu, got one on meta",
     ),
+    "vocabulary law NaN": (
+        lambda: ops.batch_vocabulary(SETS, 5, law=torch.tensor([1.0, 0, 0, torch.nan, 1])),
+        "law: expected finite numbers >= 0, got nan",
+    ),
+    "vocabulary law negative": (
+        lambda: ops.batch_vocabulary(SETS, 5, law=torch.tensor([1.0, 0, 0, 2, -0.5])),
+        "law: expected finite numbers >= 0, got -0.5",
+    ),
+    "vocabulary law infinite": (
+        lambda: ops.linear_td_loss(
+            h, w, token, normaliser="batch", law=torch.tensor([1.0, INF, 0, 2, 1]), **LIVE
+        ),
+        "law: expected finite numbers >= 0, got inf",
+    ),
     "vocabulary member": (
         lambda: ops.batch_vocabulary(SETS, 2, extra=0),
         "actions: .*size 2, got 2",
@@ -623,6 +642,39 @@ REFUSED = {
         lambda: ops.linear_td_loss(h, w, token, actions=SETS._replace(ids=some + 3), check=True),
         "actions: .*size 5, got 5",
     ),
+    "linear loss sets without the tokens": (
+        lambda: ops.linear_td_loss(h, w, token.flip(0), actions=SETS),
+        r"actions: expected sets that hold the taken tokens \(include=tokens\), got one without 2 "
+        "in row 0 of 2",
+    ),
+    "linear loss a set without its token": (
+        lambda: ops.linear_td_loss(
+            h, w, torch.tensor([1, 3]), actions=SETS, q="logit", objective=ForwardKL()
+        ),
+        "actions: expected sets that hold the taken tokens .* without 3 in row 1 of 2",
+    ),
+    "linear loss a set of id 0 without its token": (
+        lambda: ops.linear_td_loss(h, w, token, actions=SETS._replace(ids=SETS.ids * 0)),
+        "actions: expected sets that hold the taken tokens .* without 1 in row 0 of 2",
+    ),
+    "linear loss id 0 twice": (
+        lambda: ops.linear_td_loss(
+            h, w, token * 0, actions=TWICE._replace(ids=TWICE.ids * 0), check=True
+        ),
+        "actions: expected distinct ids in a set, got 0 twice",
+    ),
+    "linear loss a member twice": (
+        lambda: ops.linear_td_loss(h, w, token, actions=TWICE, check=True),
+        "actions: expected distinct ids in a set, got 2 twice",
+    ),
+    "linear loss exact law": (
+        lambda: ops.linear_td_loss(h, w, token, law="student", **LIVE),
+        'law: expected None with normaliser="exact", got str',
+    ),
+    "linear loss exact capacity": (
+        lambda: ops.linear_td_loss(h, w, token, capacity=5, **LIVE),
+        'capacity: expected None with normaliser="exact", got int',
+    ),
     "linear loss gamma": (
         lambda: ops.linear_td_loss(h, w, token, gamma=-1.0, **LIVE),
         "gamma: .* got -1.0",
@@ -638,6 +690,51 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_wrong_input_is_named(name):
     check_refused(*REFUSED[name])
+
+
+def test_an_empty_set_is_of_a_teacher_that_knows_nothing():
+    """Its row does not count, and is nothing to refuse; nor is padding an id that stands twice."""
+    empty = TWICE._replace(ids=torch.tensor([[1, -1, -1, -1], [-1] * 4], dtype=torch.int32))
+    options = {"objective": ForwardKL(tail=True), "reduction": "none"}
+    got = ops.linear_td_loss(h, w, token, actions=empty, check=True, **options)
+    both = empty._replace(ids=torch.tensor([[1, -1, -1, -1], [2, -1, 4, -1]], dtype=torch.int32))
+    whole = ops.linear_td_loss(h, w, token, actions=both, check=True, **options)
+    assert got.loss[0] == whole.loss[0] != 0
+    assert got.loss[1] == 0 != whole.loss[1]
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0), torch.tensor(0.0)], ids=repr)
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_no_items_are_no_loss(linear, dense, impl, zero):
+    """Of a batch without a state, and of whatever else is not to count."""
+    student, teacher, tokens = dense
+    student, live = student.float(), {name: part.float() for name, part in linear.items()}
+    leaves = [student, live["student_hidden"], live["student_weight"]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    options = {"num_items_in_batch": zero, "objective": ForwardKL(tail=True), "impl": impl}
+    for taken in (torch.full_like(tokens, -100), tokens):
+        outs = [
+            ops.td_loss(student, teacher, taken, **options),
+            ops.linear_td_loss(tokens=taken, **live, **options),
+            ops.linear_td_loss(tokens=taken, normaliser="batch", extra=4, **live, **options),
+            ops.linear_td_loss(tokens=taken, **live, **{**options, "q": "logit",
+                                                        "objective": ForwardKL()}),
+        ]  # fmt: skip
+        total = sum(out.loss for out in outs)
+        assert total == 0
+        for grad in torch.autograd.grad(total, leaves):
+            assert not grad.any()
+
+
+def test_a_vocab_size_that_leaves_nothing_out_makes_no_slice(linear):
+    """Whose gradient would be a second one of the head's size, or of the logits'."""
+    hidden, weight, bias = (linear[name] for name in ("student_hidden", "student_weight", "bias"))
+    names = "hidden", hidden, "weight", weight, "bias", bias
+    assert ops._head(*names, V)[0] is weight
+    assert ops._head(*names, V)[1] is bias
+    assert ops._columns("logits", x, 5) is x
+    assert ops._head(*names, V - 1)[0].shape[0] == V - 1
 
 
 def test_bounds_themselves_are_allowed():
@@ -720,7 +817,7 @@ def test_places_in_a_padded_vocabulary():
 
 
 class Stub:
-    """What `_capacity` asks of ids on a GPU, where there is none."""
+    """What `routes.capacity` asks of ids on a GPU, where there is none."""
 
     is_cuda = True
 
@@ -733,16 +830,18 @@ class Stub:
 
 def test_room_for_a_vocabulary_on_a_gpu():
     """A multiple of the step that holds every id and the sample, if that is small against V."""
+    step = routes.CAPACITY_STEP
+    assert step == 1024
     for count, extra in ((5, 0), (1000, 23), (1000, 24), (4000, 1024)):
-        room = ops._capacity(None, Stub(count), extra, 1 << 20)
-        assert room % ops.CAPACITY_STEP == 0
-        assert count + extra < room <= count + extra + 1 + ops.CAPACITY_STEP
-    assert ops._capacity(None, Stub(5), 0, 4 * ops.CAPACITY_STEP) == ops.CAPACITY_STEP == 1024
-    assert ops._capacity(None, Stub(5), 0, 4 * ops.CAPACITY_STEP - 1) is None
-    assert ops._capacity(None, Stub(1000), 23, 1 << 20) == 1024
-    assert ops._capacity(77, Stub(5), 0, 100) == 77
-    assert ops._capacity(77, torch.zeros(1), 0, 100) == 77
-    assert ops._capacity(None, torch.zeros(1), 0, 1 << 20) is None
+        room = routes.capacity(None, Stub(count), extra, 1 << 20)
+        assert room % step == 0
+        assert count + extra < room <= count + extra + 1 + step
+    assert routes.capacity(None, Stub(5), 0, 4 * step) == step
+    assert routes.capacity(None, Stub(5), 0, 4 * step - 1) is None
+    assert routes.capacity(None, Stub(1000), 23, 1 << 20) == 1024
+    assert routes.capacity(77, Stub(5), 0, 100) == 77
+    assert routes.capacity(77, torch.zeros(1), 0, 100) == 77
+    assert routes.capacity(None, torch.zeros(1), 0, 1 << 20) is None
 
 
 # Objectives
@@ -1250,13 +1349,27 @@ def test_ids_are_not_looked_at_unless_asked():
         logits, hidden, weight = x.to(dtype), h.to(dtype), w.to(dtype)
         for call in (
             lambda logits=logits: ops.gather_q(logits, some + 3),
-            lambda a=hidden, b=weight: ops.linear_gather_q(a, b, some + 3),
-            lambda a=hidden, b=weight: ops.linear_log_probs(a, b, some + 3),
             lambda logits=logits: ops.select_actions(logits, 2, include=token + 3),
             lambda a=hidden, b=weight: ops.linear_select_actions(a, b, 2, include=token + 3),
         ):
             with pytest.raises((RuntimeError, IndexError)):
                 call()
+
+
+@pytest.mark.parametrize("way", ["gather", "products"])
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_an_id_out_of_range_is_one_error_on_every_way(way, impl):
+    sets = SETS._replace(ids=SETS.ids + 3)
+    told = "expected ids below the vocabulary's size 5, got 5"
+    with routes.forced(way):
+        for op in (ops.linear_gather_q, ops.linear_log_probs):
+            with pytest.raises(ValueError, match=f"^ids: {told}$"):
+                op(h, w, some + 3, impl=impl)
+        for options in ({}, {"normaliser": "batch"}, {"q": "logit", "objective": ForwardKL()}):
+            with pytest.raises(ValueError, match=f"^actions: {told}$"):
+                ops.linear_td_loss(h, w, token + 3, actions=sets, impl=impl, **options)
+    # rows that are no states are not looked at
+    ops.linear_td_loss(h, w, torch.tensor([4, -100]), actions=sets, impl=impl)
 
 
 def test_linear_selection_reads_the_columns_of_its_head(linear):

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from tdkd import ops
-from tdkd.kernels import backends, head
-from tdkd.kernels.linear_rows import in_forward
+from tdkd.kernels import backends, head, routes
 from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn
 
 pytestmark = pytest.mark.skipif(backends.MISSING is not None, reason=str(backends.MISSING))
@@ -36,9 +35,9 @@ class Graphs(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.kept = head.CHUNK_ELEMENTS["cpu"], in_forward.MOST_LINKS
+        self.kept = head.CHUNK_ELEMENTS["cpu"], routes.MOST_LINKS
         head.CHUNK_ELEMENTS["cpu"] = 4 * VOCAB  # four rows a chunk
-        in_forward.MOST_LINKS = 1.0  # random chains link chunks more often than sequences do
+        routes.MOST_LINKS = 1.0  # random chains link chunks more often than sequences do
         self.generator = torch.Generator().manual_seed(0)
         hidden, weight = self.normal(11, WIDTH), self.normal(VOCAB, WIDTH)
         self.worlds = [
@@ -47,7 +46,7 @@ class Graphs(RuleBasedStateMachine):
         ]
 
     def teardown(self):
-        head.CHUNK_ELEMENTS["cpu"], in_forward.MOST_LINKS = self.kept
+        head.CHUNK_ELEMENTS["cpu"], routes.MOST_LINKS = self.kept
 
     def normal(self, *shape):
         return torch.randn(*shape, generator=self.generator)

@@ -492,10 +492,11 @@ def test_a_batch_without_responses_is_a_zero(tmp_path, tiny_teacher, tiny_studen
         "attention_mask": torch.ones(2, 5, dtype=torch.int64),
         "labels": torch.full((2, 5), -100),
     }
-    loss = run.compute_loss(run.model, inputs, num_items_in_batch=torch.tensor(7))
-    loss.backward()
-    assert loss.item() == 0
-    assert all((p.grad is None or (p.grad == 0).all()) for p in run.model.parameters())
+    for items in (torch.tensor(7), torch.tensor(0), 0):
+        loss = run.compute_loss(run.model, inputs, num_items_in_batch=items)
+        loss.backward()
+        assert loss.item() == 0
+        assert all((p.grad is None or (p.grad == 0).all()) for p in run.model.parameters())
 
 
 REFUSED = {

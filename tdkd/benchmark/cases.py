@@ -64,6 +64,9 @@ class Case(NamedTuple):
             return contextlib.nullcontext()
         return torch.autocast(self.device, DTYPES[self.autocast])
 
+    ways: bool = False
+    """the rivals are the ways that ``tdkd.kernels.routes`` chooses from, each forced."""
+
     @property
     def main_bytes(self) -> int:
         """Size of what an op reads: one model's logits, a head, Q-values, or values."""
@@ -158,6 +161,10 @@ def _linear_select(rows: int, vocab: int, **options: Any) -> Case:
     return Case("linear_select_actions", rows, vocab, top_p=0.8, **options)
 
 
+def _ways(op: Callable[..., Case], rows: int, vocab: int, k: int, **options: Any) -> Case:
+    return op(rows, vocab, k=k, ways=True, compiled=False, **options)
+
+
 def _soft_value(rows: int, **options: Any) -> Case:
     return Case("soft_value", rows, 0, **options)
 
@@ -203,19 +210,36 @@ SUITES: dict[str, list[Case]] = {
         _linear_td_loss(2048, 49_152),
         _linear_td_loss(2048, 49_152, sets="random"),
         _linear_td_loss(2048, 151_936, compiled=False),
+        _linear_td_loss(2048, 151_936, sets="random", compiled=False),
         _linear_log_probs(2048, 49_152),
         _linear_select(2048, 49_152),
         _linear_td_loss(2048, 49_152, dtype="bfloat16", compiled=False),
     ],
-    # where the rule of tdkd.kernels.routes changes its mind
+    # where the rule of tdkd.kernels.routes changes its mind, on either side: M / V near 0.8, and k
+    # near its bound
     "routes": [
-        _linear_td_loss(1024, 49_152, k=k, sets="random", compiled=False)
-        for k in (8, 16, 24, 32, 48, 64, 96, 128)
+        _ways(_linear_td_loss, rows, vocab, k, sets="random", **options)
+        for rows, vocab, ks, options in (
+            (1024, 49_152, (16, 64, 80, 128), {}),
+            (512, 151_936, (64, 448), {}),
+            (256, 49_152, (64, 256, 320), {"hidden": 2048}),
+            (64, 49_152, (64, 256, 1024), {}),
+            (512, 49_152, (64, 144), {"dtype": "bfloat16"}),
+        )
+        for k in ks
     ]
     + [
-        _linear_gather_q(1024, vocab, k=k, compiled=False)
-        for vocab in (2_000, 8_000, 32_000)
-        for k in (vocab // 32, vocab // 16, vocab // 8)
+        _ways(_linear_gather_q, rows, vocab, k, **options)
+        for rows, vocab, ks, options in (
+            (1024, 2_000, (125, 250, 500), {}),
+            (1024, 8_000, (250, 500, 1000), {}),
+            (512, 32_000, (1000, 2000, 4000), {}),
+            (256, 151_936, (2000, 6000), {}),
+            (128, 49_152, (600, 2400), {"hidden": 2048}),
+            (16, 49_152, (256, 2000, 4000), {}),
+            (512, 49_152, (1000, 3000), {"dtype": "bfloat16"}),
+        )
+        for k in ks
     ],
     "small": [
         _gather_q(512, 49_152),

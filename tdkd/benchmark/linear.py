@@ -13,14 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from tdkd import ops
 from tdkd.benchmark.cases import Case, Inputs, Run, make_linear_inputs
-from tdkd.kernels import head
+from tdkd.kernels import head, routes
 from tdkd.objectives import ForwardKL
 
 SETS = Path(__file__).with_name("sets.npz")
 """Sets of a real teacher: `benchmarks/real_sets.py`."""
 SETS_VOCAB = 49_152
-EXTRA = 1024
-"""Columns that a batch vocabulary samples."""
 
 
 class Student(NamedTuple):
@@ -168,6 +166,21 @@ def _both_ways(loss: Callable[[Student], Tensor]) -> Callable[[Case], Run]:
         return run
 
     return prepare
+
+
+def forced(way: routes.Way, prepare: Callable[[Case], Run]) -> Callable[[Case], Run]:
+    """A rival that takes this way, whatever the rule says."""
+
+    def prepared(case: Case) -> Run:
+        run = prepare(case)
+
+        def on_that_way(inputs: Inputs) -> object:
+            with routes.forced(way):
+                return run(inputs)
+
+        return on_that_way
+
+    return prepared
 
 
 def three_products(case: Case) -> Run:

@@ -395,7 +395,30 @@ RIVALS: dict[str, list[Rival]] = {
     ],
 }
 
+# What the rule chooses, and each of the ways that it chooses from.
+WAYS: dict[str, list[Rival]] = {
+    "linear_gather_q": [
+        Rival("copy", _copied, passes=2, device="cuda"),
+        Rival("amax", _amax, passes=1),
+        Rival("tdkd", _linear_gather_q("fused")),
+        Rival("k rows", linear.forced("gather", _linear_gather_q("fused"))),
+        Rival("all rows", linear.forced("products", _linear_gather_q("fused"))),
+        Rival("dense", lambda case: _gather_from_head(_dense_gather)),
+    ],
+    "linear_td_loss": [
+        Rival("copy", _copied, passes=2, device="cuda"),
+        Rival("amax", _amax, passes=1),
+        Rival("tdkd", linear.td_loss(linear.NORMALISED, normaliser="batch")),
+        Rival(
+            "batch",
+            linear.forced("batch", linear.td_loss(linear.NORMALISED, normaliser="batch")),
+        ),
+        Rival("exact", linear.td_loss(linear.NORMALISED)),
+    ],
+}
+
 
 def rivals_of(case: Case) -> list[Rival]:
     """Who is timed on a case."""
-    return [r for r in RIVALS[case.op] if r.device in (None, case.device)]
+    rivals = (WAYS if case.ways else RIVALS)[case.op]
+    return [r for r in rivals if r.device in (None, case.device)]

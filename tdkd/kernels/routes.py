@@ -2,16 +2,51 @@
 
 Where nothing needs the normaliser, a position takes k head rows, or all of them if k is large
 against V. ``normaliser="batch"`` takes the columns of the batch vocabulary, or all of them if it
-holds most; ``"exact"`` takes all, a chunk of rows at a time.
+holds most; ``"exact"`` takes all, a chunk of rows at a time. Gradients of a loss are made in
+forward, three products with the head in place of four, unless rows of many chunks are linked.
 
-The bounds are where the measured costs cross. On CPU `tdkd bench --suite routes` measures them; on
-GPUs they are arithmetic from the memory that is read (not measured on a GPU yet).
+The bounds are where the measured costs cross. On CPU `tdkd bench --suite routes` measures them, and
+takes the ways that they reject as well; on GPUs they are arithmetic from the memory that is read
+(not measured on a GPU yet).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from tdkd.kernels.head import factor_dtype
+
+if TYPE_CHECKING:
+    from tdkd.td_rows import TDRows
+
+Way = Literal["gather", "products", "batch", "exact"]
+
 BATCH_BELOW = 0.8
 """M / V below which M gathered columns cost less than all."""
+BOUND_BELOW = 0.25
+"""M / V up to which a GPU takes a bound on M in its place, which spares it a host sync."""
+CAPACITY_STEP = 1024
+"""Batch vocabularies that are padded have a multiple of it as their size."""
+MOST_LINKS = 1 / 16
+"""Share of the rows, computed beforehand, above which a fourth product is the better way."""
+
+_forced: Way | None = None
+
+
+@contextmanager
+def forced(way: Way) -> Iterator[None]:
+    """Takes ``way`` wherever the rule has to choose, so that what it rejects can be measured."""
+    global _forced
+    before, _forced = _forced, way
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def gather_below(device: str, columns: int, width: int) -> float:
@@ -27,12 +62,49 @@ def gather_below(device: str, columns: int, width: int) -> float:
 
 def gathers(device: str, k: int, columns: int, width: int) -> bool:
     """Whether k of the head's rows a position are to be gathered, or all multiplied."""
+    if _forced in ("gather", "products"):
+        return _forced == "gather"
     return k < gather_below(device, columns, width) * columns
 
 
 def pays(held: int, columns: int) -> bool:
     """Whether a vocabulary that holds so many of the columns is to be used, or all of them."""
+    if _forced in ("batch", "exact"):
+        return _forced == "batch"
     return held < BATCH_BELOW * columns
+
+
+def capacity(given: int | None, ids: Tensor, extra: int, columns: int) -> int | None:
+    """Room for a batch vocabulary. On GPUs, where its true size costs a host sync, the bound on it
+    will do if that is small."""
+    if given is not None or not ids.is_cuda:
+        return given
+    bound = -(-(ids.numel() + extra + 1) // CAPACITY_STEP) * CAPACITY_STEP
+    return bound if bound <= BOUND_BELOW * columns else None
+
+
+def in_forward(rows: TDRows, hidden: Tensor, weight: Tensor) -> bool:
+    """Whether gradients can be made in forward: a chunk's loss must be a matter of its own rows
+    and their neighbours, and to look at these a GPU would have to wait for its host. There products
+    of float16 would also lose what a loss scale, which comes in backward, is there to keep."""
+    return (
+        getattr(rows.objective, "rowwise", False)
+        and rows.state_value is None
+        and learns(hidden, weight)
+        and not torch.compiler.is_compiling()
+        and not (hidden.is_cuda and rows.looks_ahead)
+        and factor_dtype(hidden, weight) != torch.float16
+    )
+
+
+def learns(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether there is to be a backward pass."""
+    return torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+
+
+def few(links: int, rows: int) -> bool:
+    """Whether so many links between chunks of rows leave gradients in forward the better way."""
+    return links <= MOST_LINKS * rows + 1
 
 
 def describe(device: str) -> str:

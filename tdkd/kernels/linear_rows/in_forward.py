@@ -15,15 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tdkd.kernels import head
+from tdkd.kernels import head, routes
 from tdkd.kernels.linear_rows import rows_backward, rows_of
 from tdkd.kernels.linear_rows.reference import on_vocabulary
 from tdkd.kernels.student_rows import student_rows_backward_
 from tdkd.td_rows import RowTerms, TDRows
 from tdkd.types import Scale, Vocabulary
-
-MOST_LINKS = 1 / 16
-"""Share of the rows, computed beforehand, above which a fourth product is the better way."""
 
 
 def links(rows: TDRows, hidden: Tensor, columns: int) -> tuple[Tensor, Tensor] | None:
@@ -39,7 +36,7 @@ def links(rows: TDRows, hidden: Tensor, columns: int) -> tuple[Tensor, Tensor] |
     start = torch.arange(hidden.shape[0], device=hidden.device)
     crossing = (rows.successor >= 0) & (rows.successor // step != start // step)
     start = crossing.nonzero().squeeze(-1)
-    if start.numel() > MOST_LINKS * hidden.shape[0] + 1:
+    if not routes.few(start.numel(), hidden.shape[0]):
         return None
     return start, rows.successor[start]
 

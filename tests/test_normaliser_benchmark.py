@@ -1,0 +1,42 @@
+"""benchmarks/normaliser.py on tiny models."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from tdkd import records
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_says_what_was_run_and_on_what(monkeypatch, tmp_path, tiny_teacher, tiny_student):
+    spec = importlib.util.spec_from_file_location("n", ROOT / "benchmarks" / "normaliser.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "CASES", [(0, "none"), (9, "uniform"), (9999, "student")])
+    told = [{"role": "user", "content": "why?"}], [{"role": "assistant", "content": "so it is"}]
+    data, output = tmp_path / "heldout.jsonl", tmp_path / "normaliser.json"
+    records.append(data, [dict(zip(("prompt", "completion"), told, strict=True))] * 3)
+    script.main(
+        ["--teacher", str(tiny_teacher), "--data", str(data), "--answers", "2", "--draws", "2"]
+        + ["--student", f"before={tiny_student}", "--student", f"after={tiny_teacher}"]
+        + ["--json", str(output)]
+    )
+    run = json.loads(output.read_text())
+    assert {"torch", "tdkd"} <= set(run["versions"])
+    assert run["machine"]["cpu"]
+    assert run["date"]
+    assert "git" in run
+    assert (run["answers"], run["draws"]) == (2, 2)
+    assert list(run["students"]) == ["before", "after"]
+    for rows in run["students"].values():
+        assert [(row["extra"], row["law"]) for row in rows] == [
+            (0, "none"), (9, "uniform"), (9999, "student"),
+        ]  # fmt: skip
+        assert rows[0]["bias"] < 0  # a part of the mass
+        # everything is in it
+        assert rows[2]["columns"] == 264
+        assert rows[2]["bias"] == pytest.approx(0, abs=1e-5)
+        assert rows[2]["gradient_error"] < 1e-4
