@@ -398,7 +398,8 @@ class TDTrainer(SFTTrainer):
             "value_head": args.value_head,
         }
         bootstrap.check_of_use(self.objective, gamma=args.gamma, **extras)
-        self._drift = Drift()
+        looks_ahead = bool(args.gamma) and getattr(self.objective, "looks_ahead", True)
+        self._drift = Drift(args.q_level, value_head=args.value_head, looks_ahead=looks_ahead)
         self._redirect = _ForwardRedirection()
         student = self._unwrapped(self.model)
         # weights that are sharded from the start cannot run without their wrapper
@@ -837,8 +838,8 @@ class TDTrainer(SFTTrainer):
             mean = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in values])
             reduced = self.accelerator.reduce(mean.mean().to(self.accelerator.device), "mean")
             recorded[name] = [reduced.item()]
-            if name == "value" and self.model.training:
-                self._drift.see(recorded[name][0])
+            if name == self._drift.metric and self.model.training:
+                self._drift.see(recorded[name][0], self.state.log_history)
         super().log(logs, start_time)
 
 
