@@ -34,7 +34,8 @@ def check_of_use(
     """Refuses what would cost without a say in the loss.
 
     Raises:
-        UserError: the objective does not look ahead, or (``target_network``) gamma is 0.
+        UserError: the objective does not look ahead, or (``target_network``) gamma is 0, or it
+            counts from the first state, where V' must be the student's own.
     """
     looks_ahead = objective is not None and getattr(objective, "looks_ahead", True)
     told = "none" if objective is None else repr(objective)
@@ -47,6 +48,11 @@ def check_of_use(
         raise UserError(
             "target_network: expected an objective that looks ahead and gamma > 0, since V' has no "
             f"say in the others, got {told} and gamma {gamma:g}"
+        )
+    if target_network != "none" and getattr(objective, "starts", False):
+        raise UserError(
+            "target_network: expected none with an objective that counts from the first state of a "
+            f"response, where V' must be the student's own, got {target_network} with {told}"
         )
 
 

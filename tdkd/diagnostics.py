@@ -13,7 +13,7 @@ logger = logging.getLogger("tdkd")
 
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
 DRIFT = 10.0
-"""Nats that the mean V may move before somebody is told."""
+"""Nats that a mean of values may move before somebody is told."""
 
 
 def diagnostics(
@@ -35,7 +35,8 @@ def diagnostics(
         gamma: discount.
         state_value: v(s) of a value head ``[N]``, where Q and V hold one.
     Returns:
-        ``td_error``: mean size, and quantiles of ``Q(a) - gamma V'`` where V' is known, nats.
+        ``td_error``: mean size, and quantiles of ``Q(a) - gamma V'`` where V' is known (or, at
+        gamma = 0, not needed), nats.
         ``q``, ``value``: means of Q(a) and V.
         ``set_size``, ``teacher_mass``: of the sets; and ``kappa``, nats: how far the best policy on
         sets of that mass can be from the best one, ``-gamma / (1 - gamma) E[log mass]``
@@ -45,12 +46,13 @@ def diagnostics(
         ``entropy_gap``: mean of H(student) - H(teacher), both renormalised on the set, nats; the
         tail is left out, since nothing but the set is at hand where no normaliser is. Below 0 the
         student is surer than its teacher.
-        With ``log_prob``: ``student_mass``, and ``value_gap``: mean of V - V*, V* being the log of
-        the teacher's mass, which is the soft return that its own probabilities imply.
+        Where the loss computed log Z: ``student_mass``, and ``value_gap``: mean of V - V*, V* being
+        the log of the teacher's mass, which is the soft return that its own probabilities imply.
+        Where V is no log-probability, the log of the student's mass stands in its place.
         With ``state_value``: its mean.
     """
     rows = max(1, out.q.numel())
-    known = successor != -2
+    known = successor != -2 if gamma else torch.ones_like(successor, dtype=torch.bool)
     error = out.td_error.detach()
     metrics = {
         "td_error": error.abs().sum() / known.sum().clamp(min=1),
@@ -80,10 +82,9 @@ def diagnostics(
     theirs = torch.where(held, theirs, 0.0)
     if gamma < 1:
         metrics["kappa"] = -gamma / (1 - gamma) * theirs.sum() / rows
-    if log_prob:
-        value = out.value.detach()
-        log_mass = value if state_value is None else value - state_value.detach()
-        metrics["student_mass"] = log_mass.exp().sum() / rows
+    if out.log_mass is not None:
+        value = out.value.detach() if log_prob else out.log_mass
+        metrics["student_mass"] = out.log_mass.exp().sum() / rows
         metrics["value_gap"] = torch.where(held, value - theirs, 0.0).sum() / rows
     if state_value is not None:
         metrics["state_value"] = state_value.detach().sum() / rows
@@ -91,21 +92,43 @@ def diagnostics(
 
 
 class Drift:
-    """Tells once that V has left the level where it began."""
+    """Tells once that values have left the level where they began, where that level is free.
 
-    def __init__(self) -> None:
-        self._first: float | None = None
+    It is free where Q is the raw logit, and where a value head adds one. The log of a mass moves
+    for good reasons, logits that are shifted cannot move so far, and what does not look ahead sees
+    no level.
+
+    Args:
+        level: what Q is: as ``q`` of :func:`tdkd.ops.td_loss`.
+        value_head: whether v(s) is learned.
+        looks_ahead: whether V' has a say in the loss.
+    """
+
+    metric = ""
+    """The entry of the log that is looked at, if any."""
+
+    def __init__(self, level: str, *, value_head: bool, looks_ahead: bool) -> None:
+        self._why = ""
+        if looks_ahead and level == "logit":
+            self.metric = "value"
+            self._why = "Where Q is the raw logit its level is free; q_level: log_prob has none."
+        elif looks_ahead and value_head:
+            self.metric = "state_value"
+            self._why = "The value head adds it to every Q; value_head: false has none."
         self._told = False
 
-    def see(self, value: float) -> None:
-        """The mean V of a log entry, nats."""
-        if self._first is None:
-            self._first = value
-        elif abs(value - self._first) > DRIFT and not self._told:
-            self._told = True
-            logger.warning(
-                "value: the mean V went from %.1f to %.1f nats. Where Q is the raw logit its level "
-                "is free, and drowns the policy in Q - gamma V'; q_level: log_prob has none.",
-                self._first,
-                value,
-            )
+    def see(self, now: float, log: list[dict[str, float]]) -> None:
+        """The mean of a log entry, nats, and the entries before it, those of the run that was
+        resumed among them: the first is the level where it began."""
+        first = next((entry[self.metric] for entry in log if self.metric in entry), now)
+        if self._told or abs(now - first) <= DRIFT:
+            return
+        self._told = True
+        logger.warning(
+            "%s: its mean went from %.1f to %.1f nats, a level that drowns the policy in "
+            "Q - gamma V'. %s",
+            self.metric,
+            first,
+            now,
+            self._why,
+        )

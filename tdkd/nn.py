@@ -15,11 +15,14 @@ class TDLoss(nn.Module):
     """:func:`tdkd.ops.td_loss` with its options bound; no parameters.
 
     Args:
-        objective: what to minimise; None is ``IQLearn()``.
+        objective: what to minimise; None is ``IQLearn()``, which alone undoes a student: see the
+            warning of the op.
         options: keyword arguments of the op (``k``, ``top_p``, ``gamma``, ``q``, ...).
 
     >>> import torch
-    >>> loss = TDLoss(k=8)(torch.randn(4, 32), torch.randn(4, 32), torch.tensor([1, 2, 3, 4])).loss
+    >>> from tdkd.objectives import ForwardKL
+    >>> td_loss = TDLoss(ForwardKL(tail=True), k=8, top_p=1.0)
+    >>> loss = td_loss(torch.randn(4, 32), torch.randn(4, 32), torch.tensor([1, 2, 3, 4])).loss
     """
 
     def __init__(self, objective: ObjectiveLike | None = None, **options: Any) -> None:

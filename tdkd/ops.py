@@ -314,6 +314,10 @@ def td_loss(
 ) -> TDOutput:
     """TD distillation from logits: one call in place of a KD loss.
 
+    **Warning**: the default objective, ``IQLearn()`` with alpha 0.1, is the paper's formula, and
+    alone it undoes a student (``docs/quality.md``). To train take ``ForwardKL(tail=True)`` and
+    ``top_p=1.0``; a TD term goes beside such a one, never in its place.
+
     Selects the teacher's action sets (the taken token always in), gathers the student's Q on them,
     takes soft values, bootstraps along ``successor`` and hands the rows to the objective
     (arXiv 2505.20335, section 4). Logits outside the sets matter through ``log Z`` alone
@@ -324,10 +328,11 @@ def td_loss(
         student_logits: ``(..., V)``; float64, float32, bfloat16 or float16.
         teacher_logits: ``(..., V)``, no gradient.
         tokens: taken tokens ``(...)``, already shifted; ``ignore_index`` where a row is no state.
-        objective: see :mod:`tdkd.objectives`; None is ``IQLearn()``.
+        objective: see :mod:`tdkd.objectives`; None is ``IQLearn()``: see the warning.
         q: ``"log_prob"``: Q is the student's full-vocabulary log-probability; ``"logit"``: its
             logit (the paper), whose level is free; ``"shifted"``: its logit less the set's largest,
-            and no less than -10 (the authors' code, which takes the whole row's largest).
+            and no less than -10 (the authors' code, which takes the whole row's largest; with the
+            set's V is blind to mass outside it).
         k: cap of an action set, >= 1.
         top_p: teacher probability that a set must reach, in (0, 1].
         gamma: discount in [0, 1].
@@ -357,15 +362,17 @@ def td_loss(
         check: refuse ids out of range and rows without a usable logit, at the price of a host sync.
         impl: "auto", "reference" or "fused" (raises where no kernel exists).
     Returns:
-        ``TDOutput(loss, q, value, td_error, actions, entropy)``; the first four are
+        ``TDOutput(loss, q, value, td_error, actions, entropy, log_mass)``; the first four are
         differentiable.
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, or shapes do not fit.
 
+    >>> from tdkd.objectives import ForwardKL
     >>> student = torch.randn(2, 5, 100, requires_grad=True)
     >>> teacher, tokens = torch.randn(2, 5, 100), torch.randint(100, (2, 5))
-    >>> td_loss(student, teacher, tokens, k=8).loss.backward()
+    >>> imitate = ForwardKL(tail=True)
+    >>> td_loss(student, teacher, tokens, objective=imitate, top_p=1.0).loss.backward()
     """
     _floating("student_logits", student_logits)
     _floating("teacher_logits", teacher_logits)
@@ -745,6 +752,10 @@ def linear_td_loss(
 ) -> TDOutput:
     """:func:`td_loss` from hidden states and heads, without either model's ``[N, V]`` logits.
 
+    **Warning**: the default objective, ``IQLearn()`` with alpha 0.1, is the paper's formula, and
+    alone it undoes a student (``docs/quality.md``). To train take ``ForwardKL(tail=True)`` and
+    ``top_p=1.0``; a TD term goes beside such a one, never in its place.
+
     One chunk of rows has logits at a time, as in :func:`linear_select_actions`, and they become
     their gradient in place. The head's gradient adds up in float32; a head of another dtype than
     the factors, and a chunk's gradient, are copied for the products.
@@ -784,7 +795,7 @@ def linear_td_loss(
             out of range and sets without the taken token always are.
         objective: as in :func:`td_loss`, and so are the others.
     Returns:
-        ``TDOutput(loss, q, value, td_error, actions, entropy)``.
+        ``TDOutput(loss, q, value, td_error, actions, entropy, log_mass)``.
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, shapes do not fit, both or neither of a live
@@ -1025,6 +1036,11 @@ def _td_rows(
             _floating(name, given, dims=0)
             _same_shape(name, given, lead, "the rows")
             _same_device(name, given, tokens)
+    if target_value is not None and getattr(objective, "starts", False):
+        raise ValueError(
+            "target_value: expected None with an objective that counts from the first state of a "
+            f"response, where V' must be the student's own, got one with {objective!r}"
+        )
     if successor is None:
         successor = successors(tokens.reshape(lead or (1,)), ignore_index=ignore_index).view(lead)
     _successor(successor, lead, tokens)
@@ -1067,8 +1083,9 @@ def _td_output(
     divisor: Tensor | float,
 ) -> TDOutput:
     loss = terms.loss.view(lead) if reduction == "none" else terms.loss.sum() / divisor
-    q, value, td_error, entropy = (term.view(lead) for term in terms[1:])
-    return TDOutput(loss, q, value, td_error, actions, entropy)
+    q, value, td_error, entropy = (term.view(lead) for term in terms[1:5])
+    log_mass = None if terms.log_mass is None else terms.log_mass.view(lead)
+    return TDOutput(loss, q, value, td_error, actions, entropy, log_mass)
 
 
 def _accumulated(x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class RowTerms(NamedTuple):
     value: Tensor
     td_error: Tensor
     entropy: Tensor
+    log_mass: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class TDRows:
     """bool ``[N]``: a taken token that is in its set."""
     successor: Tensor
     """int64 ``[N]``: of states, among states; -1 terminal, -2 unknown."""
-    initial: Tensor | None
+    occupancy: Tensor | None
     """``[N]``: as in :class:`tdkd.types.Rows`."""
     target_value: Tensor | None
     """``[N]``: the soft values of a target network."""
@@ -86,9 +87,9 @@ class TDRows:
             exists = (successor < 0) | state.gather(0, successor.clamp(min=0))
         successor = torch.where(state & exists, successor, -2)
         slot = here.int().argmax(-1) * state
-        initial = None
+        occupancy = None
         if getattr(objective, "starts", True):
-            initial = _initial(state, successor, bool(gamma))
+            occupancy = _occupancy(state, successor, gamma)
         if target_value is not None:
             target_value = torch.where(state, target_value.detach(), 0.0)
         if state_value is not None:
@@ -101,7 +102,7 @@ class TDRows:
             slot,
             state,
             successor,
-            initial,
+            occupancy,
             target_value,
             objective,
             level,
@@ -136,7 +137,7 @@ class TDRows:
             slot=self.slot[index],
             state=self.state[index],
             successor=successor,
-            initial=None if self.initial is None else self.initial[index],
+            occupancy=None if self.occupancy is None else self.occupancy[index],
             target_value=None if self.target_value is None else self.target_value[index],
             state_value=None if self.state_value is None else self.state_value[index],
             expert_weight=None if self.expert_weight is None else self.expert_weight[index],
@@ -179,7 +180,7 @@ class TDRows:
             gamma=self.gamma,
             log_mass=log_mass,
             log_tail=log_tail,
-            initial=None if self.initial is None else self.initial.to(value.dtype),
+            occupancy=None if self.occupancy is None else self.occupancy.to(value.dtype),
             target_value=target,
             expert_weight=weight,
         )
@@ -192,7 +193,8 @@ class TDRows:
         per_row = torch.where(self.counted, per_row, 0.0)
         q_taken = torch.where(state, rows.taken(rows.q), 0.0)
         td_error = torch.where(rows.bootstrapped, q_taken - self.gamma * rows.next_value, 0.0)
-        return RowTerms(per_row, q_taken, value, td_error, _entropy(rows))
+        mass = None if log_mass is None else log_mass.detach()
+        return RowTerms(per_row, q_taken, value, td_error, _entropy(rows), mass)
 
 
 @torch.no_grad()
@@ -209,12 +211,21 @@ def _shifted(z: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, (z - best).clamp(min=FLOOR), -torch.inf)
 
 
-def _initial(state: Tensor, successor: Tensor, discounted: bool) -> Tensor:
-    """float32 ``[N]``: rows of a response that count, on its first row; 0 elsewhere."""
+def _occupancy(state: Tensor, successor: Tensor, gamma: float) -> Tensor:
+    """float64 ``[N]``: as in :class:`tdkd.types.Rows`."""
     count = state.numel()
-    follows = state.new_zeros(count + 1)
-    follows[torch.where(successor >= 0, successor, count)] = True
-    # the return of a reward of 1 a row; a row that was cut off holds its own value
-    last = torch.zeros(count, device=state.device) if discounted else state.float()
-    length = td_target(last, successor, torch.ones_like(last), gamma=1.0, lam=1.0)
-    return torch.where(state & ~follows[:count], length, 0.0)
+    rows = torch.arange(count, device=state.device)
+    predecessor = torch.full((count + 1,), -1, device=state.device)
+    predecessor[torch.where(successor >= 0, successor, count)] = rows
+    # the return of a reward of 1 a row: how many count from a row on, and how many lead to it, with
+    # itself; a row that was cut off holds its own value
+    one = torch.ones(count, device=state.device)
+    last = torch.zeros_like(one) if gamma else state.float()
+    after = td_target(last, successor, one, gamma=1.0, lam=1.0)
+    before = td_target(one, predecessor[:count], one, gamma=1.0, lam=1.0).double()
+    length = after + before - 1
+    weight = gamma ** (before - 1)
+    if gamma < 1:
+        weight = weight * length * (1 - gamma) / (1 - gamma**length)
+    counts = state & (successor != -2) if gamma else state
+    return torch.where(counts, weight, 0.0)

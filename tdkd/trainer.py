@@ -400,7 +400,8 @@ class TDTrainer(SFTTrainer):
             "value_head": args.value_head,
         }
         bootstrap.check_of_use(self.objective, gamma=args.gamma, **extras)
-        self._drift = Drift()
+        looks_ahead = bool(args.gamma) and getattr(self.objective, "looks_ahead", True)
+        self._drift = Drift(args.q_level, value_head=args.value_head, looks_ahead=looks_ahead)
         self._redirect = _ForwardRedirection()
         student = self._unwrapped(self.model)
         # weights that are sharded from the start cannot run without their wrapper
@@ -878,8 +879,8 @@ class TDTrainer(SFTTrainer):
             if reduced.dim():
                 reduced = reduced[0] / reduced[1].clamp(min=torch.finfo(torch.float32).tiny)
             recorded[name] = [reduced.item()]
-            if name == "value" and self.model.training:
-                self._drift.see(recorded[name][0])
+            if name == self._drift.metric and self.model.training:
+                self._drift.see(recorded[name][0], self.state.log_history)
         super().log(logs, start_time)
 
 

@@ -88,6 +88,9 @@ class TDOutput(NamedTuple):
     entropy: Tensor
     """float32 ``[...]``: entropy of the student renormalised on the set, ``softmax(Q)``, nats; no
     gradient; 0 on rows that are no states."""
+    log_mass: Tensor | None = None
+    """float32 ``[...]``: log of the student's full-vocabulary mass on the set, nats; no gradient; 0
+    on rows that are no states. None where the loss needs no ``log Z``."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,11 @@ class Rows:
     """``[N]``: log of the student's full-vocabulary mass on the set; None if not asked for."""
     log_tail: Tensor | None = None
     """``[N]``: log of the student's mass outside the set; None if not asked for."""
-    initial: Tensor | None = None
-    """``[N]``: on the first row of each response, how many of its rows have a known V' (all of its
-    states, at gamma = 0); 0 elsewhere; None if not asked for."""
+    occupancy: Tensor | None = None
+    """``[N]``: what the row weighs in a mean that is discounted from the first state of its
+    response: gamma^t on the row t states into it, times what makes the mean of the response's
+    weights 1. The rows are those with a known V' (all of its states, at gamma = 0); 0 elsewhere;
+    None if not asked for."""
     target_value: Tensor | None = None
     """``[N]``: V of a target network, no gradient; None where there is none."""
     expert_weight: Tensor | None = None

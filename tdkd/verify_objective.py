@@ -1,11 +1,12 @@
 """An objective of one's own, held to what the ops take from it: `tdkd verify --objective`.
 
-Cases are drawn in float64 from a seed: ties, -inf logits, sets with padded slots, responses that
-end and that were cut off, rows that are no states, rows of the student's own. On each the objective
-is asked four questions:
+Cases are drawn in float64 from a seed: every level of Q, ties, -inf logits, sets with padded slots,
+responses that end and that were cut off, rows that are no states, rows of the student's own, values
+of a target network and of a value head. On each the objective is asked four questions:
 
 ``gradient``
-    is the gradient that autograd makes of it that of its values? What it detaches is held constant.
+    is the gradient that autograd makes of it that of its values? What it detaches is held constant,
+    but not what it computes under ``torch.no_grad()``, where nobody can see what came out.
 ``linear``
     are loss and gradient the same from hidden states, a head and sets with more padding?
 ``padding``
@@ -21,7 +22,7 @@ import importlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import torch
@@ -37,6 +38,11 @@ from tdkd.verify import Finding
 
 SAME = {"rtol": 1e-9, "atol": 1e-11}
 """Float64 sums in another order."""
+HINT = (
+    "what is computed under torch.no_grad() counts as a part of the loss here; call .detach() on it"
+)
+OF_ROWS = ("expert_weight", "target_value", "state_value")
+"""Options of the ops that a case may have, one number a row."""
 
 
 def load(spec: str) -> ObjectiveLike:
@@ -108,8 +114,8 @@ class Case:
         )
 
 
-def draw(seed: int, device: torch.device) -> Case:
-    """The case of a seed."""
+def draw(seed: int, device: torch.device, *, target: bool = True) -> Case:
+    """The case of a seed; without ``target`` none has values of a target network."""
     choose = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
 
@@ -132,20 +138,23 @@ def draw(seed: int, device: torch.device) -> Case:
     for end in ends:
         successor[end] = choose.choice((-1, -1, -2))
     options: dict[str, Any] = {
-        "q": choose.choice(("log_prob", "logit")),
+        "q": choose.choice(get_args(ops.Level)),
         "k": k,
         "top_p": choose.choice((0.5, 0.9, 1.0)),
         "gamma": choose.choice((0.0, 0.7, 0.99, 0.99)),
         "successor": successor.to(device),
     }
-    weight_of_experts = None
+    options |= dict.fromkeys(OF_ROWS)
     if choose.random() < 0.3:
         own = torch.rand(rows, generator=generator) < 0.5
-        weight_of_experts = torch.where(own, 0.0, rows / (~own).sum().clamp(min=1)).double()
-    options["expert_weight"] = None if weight_of_experts is None else weight_of_experts.to(device)
+        weight_of_experts = torch.where(own, 0.0, rows / (~own).sum().clamp(min=1))
+        options["expert_weight"] = weight_of_experts.double().to(device)
+    for name, there in (("target_value", target), ("state_value", True)):
+        level = normal(rows).to(device)
+        if choose.random() < 0.3 and there:
+            options[name] = level
     note = f"{rows} x {vocab} k={k} q={options['q']} gamma={options['gamma']}"
-    if weight_of_experts is not None:
-        note += " expert_weight"
+    note += "".join(f" {name}" for name in OF_ROWS if options[name] is not None)
     if holes.any():
         note += " -inf"
     hidden, weight, holes, teacher, tokens = (
@@ -161,7 +170,8 @@ class Held:
         self.objective = objective
         self.seen: list[Tensor] | None = None
         for flag in ("bootstraps", "normalised", "starts", "looks_ahead"):
-            setattr(self, flag, getattr(objective, flag, True))
+            if hasattr(objective, flag):
+                setattr(self, flag, getattr(objective, flag))
 
     def __call__(self, rows: Rows) -> Tensor:
         detach, first = Tensor.detach, self.seen is None
@@ -182,16 +192,19 @@ class Held:
 
 def _gradient(objective: ObjectiveLike, case: Case) -> Iterator[str]:
     held = Held(objective)
-    logits = (case.hidden @ case.weight.T).requires_grad_()
+    leaves = [(case.hidden @ case.weight.T).requires_grad_()]
+    if case.options["state_value"] is not None:
+        leaves.append(case.options["state_value"].clone().requires_grad_())
 
-    def loss(logits: Tensor) -> Tensor:
-        return case.dense(case.masked(logits), held, reduction="none").loss
+    def loss(logits: Tensor, state_value: Tensor | None = None) -> Tensor:
+        options = {"state_value": state_value, "reduction": "none"}
+        return case.dense(case.masked(logits), held, **options).loss
 
-    loss(logits)  # what is detached is held from here on
+    loss(*leaves)  # what is detached is held from here on
     try:
-        torch.autograd.gradcheck(loss, (logits,), rtol=1e-5, atol=1e-6)
+        torch.autograd.gradcheck(loss, leaves, rtol=1e-5, atol=1e-6)
     except GradcheckError as error:
-        yield " ".join(str(error).split())[:300]
+        yield f"{' '.join(str(error).split())[:300]} ({HINT})"
 
 
 def _linear(objective: ObjectiveLike, case: Case) -> Iterator[str]:
@@ -204,7 +217,7 @@ def _linear(objective: ObjectiveLike, case: Case) -> Iterator[str]:
         torch.cat([log_probs, torch.full_like(padding, -torch.inf, dtype=log_probs.dtype)], -1),
         count,
     )
-    options = {name: case.options[name] for name in ("q", "gamma", "successor", "expert_weight")}
+    options = {name: case.options[name] for name in ("q", "gamma", "successor", *OF_ROWS)}
     linear = ops.linear_td_loss(
         leaves[0],
         leaves[1],
@@ -282,7 +295,7 @@ def _flags(objective: ObjectiveLike, case: Case) -> Iterator[str]:
     changes: list[tuple[str, str, dict[str, Any], bool, Tensor]] = [
         ("normalised", "rows.log_mass and rows.log_tail", {"log_mass": None, "log_tail": None},
          not flags["normalised"], counted),
-        ("starts", "rows.initial", {"initial": None}, not flags["starts"], counted),
+        ("starts", "rows.occupancy", {"occupancy": None}, not flags["starts"], counted),
         ("looks_ahead", "rows.next_value", {"next_value": rows.next_value + shift},
          not flags["looks_ahead"], counted),
         ("bootstraps", "V' where it is unknown", {"next_value": rows.next_value + shift},
@@ -316,8 +329,8 @@ def _rowwise(objective: ObjectiveLike, case: Case) -> Iterator[str]:
         objective=objective,
         level=case.options["q"],
         gamma=case.options["gamma"],
-        expert_weight=case.options["expert_weight"],
         soft_value=ops.soft_value,
+        **{name: case.options[name] for name in OF_ROWS},
     )
     z = ops.gather_q(case.student, actions.ids, impl="reference")
     outside = torch.zeros_like(case.student, dtype=torch.bool).scatter(
@@ -375,12 +388,14 @@ def verify_objective(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"device: expected one of this machine, got {device}: {reason}") from error
+    # which the ops refuse beside it
+    target = not getattr(objective, "starts", False)
     for question, ask in QUESTIONS.items():
         tell(f"{name} {question}")
         finding = Finding(name, question, "float64")
         for number in range(seed, seed + cases):
             finding.cases += 1
-            case = draw(number, torch.device(device))
+            case = draw(number, torch.device(device), target=target)
             failures: list[str] = []
             try:
                 failures.extend(ask(objective, case))

@@ -336,6 +336,11 @@ def test_what_would_cost_without_a_say_is_refused(tmp_path, tiny_teacher, tiny_s
             tmp_path, None, tiny_student, imitation="none", td_weight=0.0, lm_weight=1.0,
             value_head=True,
         )  # fmt: skip
+    with pytest.raises(UserError, match="target_network: expected none with an objective that cou"):
+        trainer(
+            tmp_path, tiny_teacher, tiny_student, objective_text="JSD + IQLearn(value='initial')",
+            td_weight=0.0, **EMA,
+        )  # fmt: skip
     # a function tells nothing of itself, and a sum may have one term that looks ahead
     for objective in (lambda rows: rows.value, ForwardKL() + 0.1 * IQLearn()):
         bootstrap.check_of_use(objective, gamma=0.9, target_network="ema", value_head=True)

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import sys
 
 import pytest
 import yaml
@@ -55,6 +56,8 @@ def test_a_run_leaves_a_student_and_a_log_and_resumes(setting, tmp_path, capsys)
     log = json.loads((tmp_path / "out" / "log.json").read_text())
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
     assert not (tmp_path / "out" / "final.tmp").exists()
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "curves in" in capsys.readouterr().err
     distill.run([str(path), "--max_steps", "3"])
     assert "checkpoint-2" in capsys.readouterr().err
     log = json.loads((tmp_path / "out" / "log.json").read_text())
@@ -73,6 +76,16 @@ def test_the_first_process_shows_what_is_logged(setting, capsys, monkeypatch, ra
     route = "H = 16, cpu: log Z over all columns, for the batch vocabulary would hold most"
     assert shown.count(route) == (rank == 0)
     assert not logging.getLogger("tdkd").handlers
+
+
+def test_without_matplotlib_there_is_a_log_and_no_picture(setting, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    path, content = setting
+    path.write_text(yaml.safe_dump({**content, "max_steps": 1, "save_strategy": "no"}))
+    distill.run([str(path)])
+    assert (tmp_path / "out" / "log.json").is_file()
+    assert not (tmp_path / "out" / "curves.png").exists()
+    assert 'no curves.png: pip install "tdkd[train]"' in capsys.readouterr().err
 
 
 def test_an_objective_by_name_in_the_file_and_as_a_flag(setting, tmp_path):

@@ -91,6 +91,22 @@ def test_a_value_head_adds_to_every_q_of_its_row(q, objective):
     assert torch.autograd.gradcheck(loss, head.requires_grad_())
 
 
+@pytest.mark.parametrize("q", ["log_prob", "logit", "shifted"])
+def test_the_mass_on_the_set_is_the_same_at_every_level(q):
+    hidden, weight, teacher, tokens = make()
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    v = torch.linspace(-3, 3, N, dtype=torch.float64)
+    given = options(objective=ForwardKL(tail=True), q=q, state_value=v)
+    out = ops.td_loss(logits, teacher, tokens, **given)
+    log_p = logits.log_softmax(-1)
+    held = [row[row >= 0].long() for row in out.actions.ids]
+    expected = torch.stack([log_p[i, ids].logsumexp(0) for i, ids in enumerate(held)])
+    expected[5] = 0  # no state
+    torch.testing.assert_close(out.log_mass, expected.detach())
+    assert not out.log_mass.requires_grad
+    assert ops.td_loss(logits, teacher, tokens, objective=ForwardKL(), q="logit").log_mass is None
+
+
 def test_imitation_does_not_see_it():
     hidden, weight, teacher, tokens = make()
     given = options(objective=ForwardKL(tail=True))

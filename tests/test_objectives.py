@@ -126,41 +126,153 @@ def test_weak_regularisation_is_none(batch, phi):
 # Value forms
 
 
+LENGTHS = {0: 5, 5: 4, 10: 3}
+"""Rows that count of each response of ``batch``, by its first one; the last response is cut off."""
+
+
+def discounted(lengths, gamma=GAMMA):
+    """gamma^t on the rows of each response, times what makes their mean 1; 0 on the others."""
+    weights = torch.zeros(14, dtype=torch.float64)
+    for start, length in lengths.items():
+        powers = gamma ** torch.arange(length, dtype=torch.float64)
+        weights[start : start + length] = powers * length / powers.sum()
+    return weights
+
+
 @pytest.mark.parametrize("q", ["log_prob", "logit"])
 def test_discounted_value_terms_telescope_to_the_initial_value(batch, q):
     _, _, tokens, _ = batch
     expert = rows(batch, IQLearn("identity"), q=q)
     initial = rows(batch, IQLearn("identity", value="initial"), q=q)
-    rewards = expert.td_error
-    for start, stop in ((0, 5), (5, 9)):
-        assert (tokens[stop - 1] == 2).all()
-        length = stop - start
-        weights = GAMMA ** torch.arange(length, dtype=torch.float64)
-        here = slice(start, stop)
-        telescoped = (weights * (expert.loss + rewards)[here]).sum()
-        torch.testing.assert_close(telescoped, expert.value[start])
-        total = (initial.loss + rewards)[here].sum()
-        torch.testing.assert_close(total, length * (1 - GAMMA) * telescoped)
+    value = expert.value
+    for start, length, end in ((0, 5, 0.0), (5, 4, 0.0), (10, 3, GAMMA**3 * value[13])):
+        here = slice(start, start + length)
+        weights = discounted({start: length})
+        total = (initial.loss + weights * expert.td_error)[here].sum()
+        scale = length * (1 - GAMMA) / (1 - GAMMA**length)
+        torch.testing.assert_close(total, scale * (value[start] - end))
+    assert (tokens[[4, 8]] == 2).all()
+    # the gradient as well: beyond V(s_0), and V(s_T) of the cut one, there is none
+    of_value = grad(initial.loss + discounted(LENGTHS) * expert.td_error, batch[0])
+    assert of_value[[0, 5, 10, 13]].abs().amax(-1).min() > 1e-3
+    assert of_value[[1, 2, 3, 4, 6, 7, 8, 9, 11, 12]].abs().max() < 1e-12
 
 
-def test_initial_values_count_the_rows_that_count(batch):
+@pytest.mark.parametrize("q", ["log_prob", "logit"])
+@pytest.mark.parametrize("phi", ["identity", "js"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, GAMMA, 1.0])
+def test_from_the_first_state_is_the_experts_form_discounted(batch, phi, gamma, q):
+    student = batch[0]
+    expert = rows(batch, IQLearn(phi, alpha=1.0), q=q, gamma=gamma)
+    initial = rows(batch, IQLearn(phi, alpha=1.0, value="initial"), q=q, gamma=gamma)
+    lengths = LENGTHS if gamma else {**LENGTHS, 10: 4}
+    weighted = discounted(lengths, gamma) * expert.loss
+    torch.testing.assert_close(initial.loss, weighted)
+    torch.testing.assert_close(grad(initial.loss, student), grad(weighted, student))
+
+
+@pytest.mark.parametrize("expectation", ["token", "teacher"])
+def test_a_level_is_no_reward_under_the_identity(batch, expectation):
+    """Each response's own, and that of all: phi and V see it with the same weights."""
+    student, *given = batch
+    objective = IQLearn("identity", value="initial", expectation=expectation)
+    for level in (3.0, torch.tensor([-4.0] * 5 + [7.0] * 9)[:, None]):
+        plain, moved = (
+            rows((logits, *given), objective, q="logit", reduction="sum").loss
+            for logits in (student, student + level)
+        )
+        torch.testing.assert_close(plain, moved)
+
+
+def test_what_weighs_from_the_first_state(batch):
     seen = []
 
     def objective(rows):
-        seen.append(rows.initial)
+        seen.append(rows.occupancy)
         return rows.value
 
-    for gamma, cut_off in ((GAMMA, 3.0), (0.0, 4.0)):
+    for gamma, cut_off in ((GAMMA, 3), (1.0, 3), (0.0, 4)):
         rows(batch, objective, gamma=gamma)
-        expected = torch.zeros(14, dtype=torch.float64)
-        expected[[0, 5, 10]] = torch.tensor([5.0, 4.0, cut_off], dtype=torch.float64)
-        assert torch.equal(seen.pop(), expected)
+        torch.testing.assert_close(seen.pop(), discounted({0: 5, 5: 4, 10: cut_off}, gamma))
     # nobody pays for what nobody reads
     objective.starts = False
     rows(batch, objective)
     assert seen.pop() is None
     assert not IQLearn().starts
     assert (ForwardKL() + IQLearn(value="initial")).starts
+
+
+def test_packed_sequences_begin_each_for_itself(batch):
+    student, teacher, tokens, _ = batch
+    offsets = torch.tensor([0, 2, 14])
+    successor = ops.successors(tokens, eos_token_id=2, cu_seqlens=offsets)
+    seen = []
+
+    def objective(rows):
+        seen.append(rows.occupancy)
+        return rows.value
+
+    rows((student, teacher, tokens, successor), objective)
+    # the first is cut off behind its second row, whose V' is unknown
+    torch.testing.assert_close(seen[0], discounted({0: 1, 2: 3, 5: 4, 10: 3}))
+
+
+def test_the_students_own_responses_have_a_first_state_and_no_phi(batch):
+    own = torch.arange(14) >= 5
+    weight = torch.where(own, 0.0, 14 / 5).double()
+    initial = rows(batch, IQLearn("js", alpha=1.0, value="initial"), expert_weight=weight).loss
+    mixed = rows(batch, IQLearn("js", alpha=1.0, value="mixed"), expert_weight=weight).loss
+    torch.testing.assert_close(initial, discounted(LENGTHS) * mixed)
+
+
+def test_first_states_need_the_students_own_values(batch):
+    with pytest.raises(ValueError, match='stop_gradient: expected None with value="initial"'):
+        IQLearn(value="initial", stop_gradient="next")
+    for objective in (IQLearn(value="initial"), ForwardKL() + 0.1 * IQLearn(value="initial")):
+        with pytest.raises(ValueError, match="target_value: expected None with an objective that"):
+            rows(batch, objective, target_value=torch.zeros(14))
+
+
+# Sums
+
+
+def test_functions_stand_in_sums(batch):
+    def cross_entropy(rows):
+        return rows.value - rows.taken(rows.q)
+
+    for total in (ForwardKL(tail=True) + cross_entropy, cross_entropy + ForwardKL(tail=True)):
+        flags = [getattr(total, flag) for flag in ("normalised", "starts", "demonstrations")]
+        assert flags == [True, True, True]
+        assert total.looks_ahead
+        assert not total.bootstraps
+        assert not total.rowwise
+        assert "cross_entropy" in repr(total)
+    ahead = batch[3] != -2
+    expected = rows(batch, ForwardKL(tail=True)).loss
+    expected = torch.where(ahead, expected + 0.5 * rows(batch, cross_entropy).loss, expected)
+    got = rows(batch, ForwardKL(tail=True) + 0.5 * (cross_entropy + 0 * JSD())).loss
+    torch.testing.assert_close(got, expected)
+    # what says more of itself is believed
+    for flag in ("bootstraps", "normalised", "starts", "demonstrations", "looks_ahead"):
+        setattr(cross_entropy, flag, False)
+    cross_entropy.rowwise = True
+    total = JSD() + cross_entropy
+    assert total.rowwise
+    assert not any((total.normalised, total.starts, total.looks_ahead))
+    torch.testing.assert_close(
+        rows(batch, total).loss, rows(batch, JSD()).loss + rows(batch, cross_entropy).loss
+    )
+
+
+def test_a_list_adds_up(batch):
+    terms = [ForwardKL(), JSD(), 0.5 * ReverseKL()]
+    assert repr(sum(terms)) == repr(terms[0] + terms[1] + terms[2])
+    assert sum(terms[:1]) is terms[0]
+    for wrong in (1, "KL", None):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            ForwardKL() + wrong
+        with pytest.raises(TypeError, match="unsupported operand|can only concatenate"):
+            wrong + ForwardKL()
 
 
 # Divergences
@@ -574,6 +686,7 @@ TEXTS = {
     "LSIQ(expert='free')": "expert: expected one of 'bootstrap', 'fixed', got 'free'",
     "LSIQ(clip=2)": "clip: expected one of False, True, got 2",
     "SQIL(reward='1')": "reward: expected a number or a function of Rows, got str",
+    "IQLearn(value='initial', stop_gradient='next')": "stop_gradient: expected None with value=",
     "IQLearn(value='last')": "value: expected one of 'expert', 'initial', 'mixed', got 'last'",
 }
 
@@ -636,5 +749,14 @@ def test_the_phis_of_the_guide_and_their_tangents():
 def test_docstrings_of_objectives_run():
     modules = [m.name for m in pkgutil.iter_modules(tdkd.objectives.__path__, "tdkd.objectives.")]
     results = [doctest.testmod(importlib.import_module(name)) for name in modules]
-    assert sum(result.attempted for result in results) >= len(NAMED)
     assert not any(result.failed for result in results)
+    for name, kind in NAMED.items():
+        (example,) = doctest.DocTestFinder(recurse=False).find(kind, name)
+        assert ".loss.item()" in "".join(line.source for line in example.examples), name
+
+
+@pytest.mark.parametrize("name", ["tdkd.ops", "tdkd.nn", "tdkd.published"])
+def test_docstrings_of_the_ops_run(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted
+    assert not result.failed

@@ -29,7 +29,7 @@ def make(q=(-1.0, -2.0), p=(-0.5, -1.5), ahead=-0.3, gamma=0.9, **more):
         "gamma": gamma,
         "log_mass": q.logsumexp(-1),
         "log_tail": torch.log1p(-q.exp().sum(-1)),
-        "initial": torch.tensor([3.0], dtype=torch.float64),
+        "occupancy": torch.tensor([3.0], dtype=torch.float64),
     }
     return Rows(**{**given, **more})
 
@@ -70,12 +70,9 @@ def test_iq_learn_in_both_value_forms():
     x, v = -1.0 + 0.27, float(rows.value)
     phi = x - x * x / 0.4
     assert float(o.IQLearn()(rows)) == pytest.approx(v + 0.27 - phi)
-    assert float(o.IQLearn(value="initial")(rows)) == pytest.approx(0.1 * 3 * v - phi)
-    # nothing of V where no response begins, be it -inf
-    nowhere = make(initial=torch.zeros(1).double(), value=torch.tensor([-math.inf]).double())
-    assert float(o.IQLearn(value="initial")(nowhere)) == pytest.approx(-phi)
-    half = make(initial=torch.tensor([0.5]).double())
-    assert float(o.IQLearn(value="initial")(half)) == pytest.approx(0.1 * 0.5 * v - phi)
+    assert float(o.IQLearn(value="initial")(rows)) == pytest.approx(3 * (v + 0.27 - phi))
+    own = make(expert_weight=torch.zeros(1).double())
+    assert float(o.IQLearn(value="initial")(own)) == pytest.approx(3 * (v + 0.27))
 
 
 def test_ls_iq_and_sqil():
@@ -183,21 +180,28 @@ def test_defaults():
 
 
 def test_a_response_begins_where_no_row_leads_though_rows_are_in_any_order():
-    ids = torch.zeros(3, 1, dtype=torch.int32)
-    rows = TDRows.of(
-        ids,
-        torch.zeros(3, 1),
-        torch.tensor([0, 0, -100]),
-        torch.tensor([-1, 0, -2]),
-        ignore_index=-100,
-        objective=o.IQLearn(value="initial"),
-        level="logit",
-        gamma=0.9,
-        soft_value=ops.soft_value,
-        target_value=torch.tensor([1.0, 2.0, 5.0]),
-    )
-    assert rows.initial.tolist() == [0, 2, 0]
-    assert rows.target_value.tolist() == [1, 2, 0]
+    ids = torch.zeros(4, 1, dtype=torch.int32)
+
+    def of(gamma, **more):
+        return TDRows.of(
+            ids,
+            torch.zeros(4, 1),
+            torch.tensor([0, 0, -100, 0]),
+            torch.tensor([-1, 0, -2, -2]),
+            ignore_index=-100,
+            objective=o.IQLearn(value="initial"),
+            level="logit",
+            gamma=gamma,
+            soft_value=ops.soft_value,
+            **more,
+        )
+
+    rows = of(0.9, target_value=torch.tensor([1.0, 2.0, 5.0, 3.0]))
+    assert rows.occupancy.tolist() == pytest.approx([2 * 0.9 / 1.9, 2 / 1.9, 0, 0])
+    assert rows.target_value.tolist() == [1, 2, 0, 3]
+    assert of(1.0).occupancy.tolist() == [1, 1, 0, 0]
+    assert of(0.0).occupancy.tolist() == [0, 2, 0, 1]
+    assert rows.take(torch.tensor([1, 0])).occupancy.tolist() == rows.occupancy[[1, 0]].tolist()
 
 
 def test_shifted_values_with_padded_slots_and_rows_that_are_no_states():

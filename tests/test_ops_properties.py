@@ -504,10 +504,10 @@ def kl(p, q):
     return math.fsum(math.exp(a) * (a - b) if b != -INF else INF for a, b in zip(p, q) if a != -INF)  # noqa: B905
 
 
-def row_loss(objective, q, log_p, taken, value, future, log_z, gamma, count, lead):
+def row_loss(objective, q, log_p, taken, value, future, log_z, gamma, weight, lead):
     """One row: Q and log pi* on the set, slot of the taken token, V, gamma V', log Z - level (what
-    is to be taken from Q to make it the full-vocabulary log-probability), gamma, rows of the
-    response (on its first row) and gamma D'."""
+    is to be taken from Q to make it the full-vocabulary log-probability), gamma, what the row
+    weighs from the first state of its response, and gamma D'."""
     if isinstance(objective, IQLearn):
 
         def phi(x):
@@ -522,9 +522,7 @@ def row_loss(objective, q, log_p, taken, value, future, log_z, gamma, count, lea
                 for x, lp in zip(q, log_p, strict=True)
                 if lp != -INF
             )
-        if objective.value == "initial":
-            return (1 - gamma) * count * value - expected
-        return value - future - expected
+        return (weight if objective.value == "initial" else 1) * (value - future - expected)
     if isinstance(objective, SQIL):
         return (q[taken] - objective.reward - future) ** 2
     if isinstance(objective, LSIQ):
@@ -572,7 +570,22 @@ def td_rows(student, teacher, tokens, successor, objective, *, q, k, top_p, gamm
     known = [state[i] and (s == -1 or (s >= 0 and state[s])) for i, s in enumerate(successor)]
     theirs = [log_sum_exp(sets[i][1]) for i in rows]
     excess = [v - t if state[i] and t > -INF else 0.0 for i, v, t in zip(rows, value, theirs)]  # noqa: B905
-    after = {s for i, s in enumerate(successor) if known[i]}
+    before = {s: i for i, s in enumerate(successor) if known[i] and s >= 0}
+    if objective.starts:  # one response of each row
+        assume(len(before) == sum(known[i] and s >= 0 for i, s in enumerate(successor)))
+
+    def weight_of(i):
+        """From the first state of the response."""
+        place = 0
+        while i in before:
+            i, place = before[i], place + 1
+        length = 0
+        while known[i] or (state[i] and gamma == 0):
+            length, i = length + 1, successor[i]
+            if i < 0:
+                break
+        return length * gamma**place / math.fsum(gamma**t for t in range(length))
+
     out = []
     for i in rows:
         if not state[i]:
@@ -586,17 +599,13 @@ def td_rows(student, teacher, tokens, successor, objective, *, q, k, top_p, gamm
         log_z = 0.0 if q == "log_prob" else level[i]
         loss = 0.0
         if counts:
-            count, j = 0, i
-            while i not in after and (known[j] or (state[j] and gamma == 0)):
-                count, j = count + 1, successor[j]
-                if j < 0:
-                    break
             lead = 0.0
             if isinstance(objective, SoftTD):
                 lead = lead_of(objective, i, excess, successor, known, gamma)
             loss = row_loss(
-                objective, on_set[i], sets[i][1], taken, value[i], future, log_z, gamma, count, lead
-            )
+                objective, on_set[i], sets[i][1], taken, value[i], future, log_z, gamma,
+                weight_of(i) if objective.starts else 0.0, lead,
+            )  # fmt: skip
         delta = on_set[i][taken] - future if bootstraps else 0.0
         out.append((loss, on_set[i][taken], value[i], delta, counts))
     return out

@@ -167,6 +167,40 @@ def test_logs_what_td_needs(tmp_path, tiny_teacher, tiny_student):
     json.dumps(run.state.log_history)
 
 
+def test_mass_is_logged_wherever_the_loss_knows_it(tmp_path, tiny_teacher, tiny_student):
+    for name, objective, known in (
+        ("set", "IQLearn(alpha=1.0)", False),
+        ("tail", "ForwardKL(tail=True) + 0.1 * IQLearn(alpha=1.0)", True),
+    ):
+        options = {"objective_text": objective, "q_level": "logit", "max_steps": 1}
+        run = trainer(tmp_path / name, tiny_teacher, tiny_student, **options)
+        run.train()
+        entry = run.state.log_history[0]
+        assert ({"student_mass", "value_gap"} <= set(entry)) == known
+
+
+def test_a_level_that_drifts_is_told_also_of_a_run_that_goes_on(
+    tmp_path, tiny_teacher, tiny_student, monkeypatch, caplog
+):
+    monkeypatch.setattr("tdkd.diagnostics.DRIFT", 0.0)
+    options = {"td_weight": 1.0, "q_level": "logit", "max_steps": 3, "learning_rate": 0.1}
+    whole = trainer(
+        tmp_path, tiny_teacher, tiny_student, save_strategy="steps", save_steps=2, **options
+    )
+    whole.train()
+    first = whole.state.log_history[0]["value"]
+    told = f"value: its mean went from {first:.1f} to"
+    assert caplog.text.count(told) == 1
+    caplog.clear()
+    again = trainer(tmp_path, tiny_teacher, tiny_student, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert caplog.text.count(told) == 1
+    caplog.clear()
+    options["q_level"] = "log_prob"  # whose mean rises when a student learns
+    trainer(tmp_path / "other", tiny_teacher, tiny_student, **options).train()
+    assert "its mean went" not in caplog.text
+
+
 @pytest.mark.parametrize("normaliser", ["exact", "batch"])
 def test_accumulation_is_one_batch(tmp_path, tiny_teacher, tiny_student, normaliser):
     """1 x 8 and 8 x 1 give the same parameters after a step; the batch vocabulary holds all."""

@@ -10,7 +10,8 @@ from tdkd.cli.verify import run
 from tdkd.errors import UserError
 from tdkd.objectives import ForwardKL, IQLearn, Objective, SoftTD
 from tdkd.objectives.text import NAMED
-from tdkd.verify_objective import QUESTIONS, load, verify_objective
+from tdkd.td_rows import TDRows
+from tdkd.verify_objective import QUESTIONS, draw, load, verify_objective
 
 OPTIONS = {
     "device": "cpu",
@@ -63,6 +64,16 @@ class _Doubled(torch.autograd.Function):
         return grad * 1.001
 
 
+class Cut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.zeros_like(grad)
+
+
 class Mine(Objective):
     """A sound one, for others to spoil."""
 
@@ -95,7 +106,7 @@ class ReadsTheMass(Mine):
 
 class ReadsTheStart(Mine):
     def __call__(self, rows):
-        return super().__call__(rows) + rows.initial * rows.value
+        return super().__call__(rows) + rows.occupancy * rows.value
 
 
 class ReadsTheBatch(Mine):
@@ -139,7 +150,7 @@ SPOILT = {
     },
     HidesTheFuture: {"flags": "looks_ahead: expected True where bootstraps is, got False"},
     ReadsTheMass: {"flags": "normalised: expected True, since it reads rows.log_mass"},
-    ReadsTheStart: {"flags": "starts: expected True, since it reads rows.initial"},
+    ReadsTheStart: {"flags": "starts: expected True, since it reads rows.occupancy"},
     ReadsTheBatch: {"flags": "rowwise: expected False, since it reads other rows, got True"},
     MultipliesPadding: {"padding": "loss: expected a finite number, got nan"},
     MasksTooLate: {"padding": "gradient: expected finite numbers"},
@@ -189,7 +200,39 @@ def test_what_is_detached_is_held_constant():
                 weight = rows.value.exp()
             return weight * super().__call__(rows)
 
-    assert set(failed(Hidden())) == {"gradient"}
+    found = failed(Hidden())
+    assert set(found) == {"gradient"}
+    assert (
+        "under torch.no_grad() counts as a part of the loss here; call .detach()"
+        in found["gradient"]
+    )
+
+
+def test_cases_hold_every_level_and_the_values_of_other_networks():
+    drawn = [draw(seed, torch.device("cpu")) for seed in range(40)]
+    assert {case.options["q"] for case in drawn} == {"log_prob", "logit", "shifted"}
+    for name in ("expert_weight", "target_value", "state_value"):
+        there = [case.options[name] is not None for case in drawn]
+        assert 4 < sum(there) < 30
+        assert [name in case.note for case in drawn] == there
+    without = [draw(seed, torch.device("cpu"), target=False) for seed in range(40)]
+    assert all(case.options["target_value"] is None for case in without)
+    assert [case.tokens.tolist() for case in without] == [case.tokens.tolist() for case in drawn]
+
+
+def test_gradients_of_a_value_head_are_asked_for(monkeypatch):
+    """What cuts the value head off has the right gradient in the logits alone."""
+    of = TDRows.of
+
+    def cut(*args, state_value=None, **options):
+        if state_value is not None:
+            state_value = Cut.apply(state_value)
+        return of(*args, state_value=state_value, **options)
+
+    monkeypatch.setattr(TDRows, "of", cut)
+    found = failed(Mine(), cases=20)
+    assert set(found) == {"gradient"}
+    assert "state_value" in found["gradient"]
 
 
 # The command

@@ -8,14 +8,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 
 import tdkd
-from tdkd import records
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from tdkd import curves, records
 
 WHEN = ("before", "warm", "after")
 SHOWN = (
@@ -56,44 +53,23 @@ def write_report(out: Path) -> None:
     }
     records.write_whole(out / "metrics.json", metrics)
     logs = {name: json.loads((out / name / "log.json").read_text()) for name in ("warm", "td")}
-    curves(out / "curves.png", logs, metrics)
+    draw(out / "curves.png", logs, metrics)
     (out / "report.md").write_text(text(metrics, evaluated, logs), encoding="utf-8")
 
 
-def curves(path: Path, logs: dict[str, list[dict[str, Any]]], metrics: dict[str, Any]) -> None:
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7))
-    for axis, (name, log), title in (
-        (axes[0, 0], ("loss", logs["warm"]), "phase 1: cross-entropy"),
-        (axes[0, 1], ("loss", logs["td"]), "phase 2: loss"),
-        (axes[1, 0], ("td_error_p50", logs["td"]), "phase 2: TD error, median and 5 to 95 %"),
-        (axes[0, 2], ("student_mass", logs["td"]), "phase 2: mass on the sets"),
-        (axes[1, 2], ("value_gap", logs["td"]), "phase 2: V - V*, and entropies on the sets, nats"),
-    ):
-        entries = [entry for entry in log if name in entry]
-        steps = [e["step"] for e in entries]
-        axis.plot(steps, [e[name] for e in entries], label=name)
-        if name == "td_error_p50":
-            low, high = ([e[f"td_error_{p}"] for e in entries] for p in ("p05", "p95"))
-            axis.fill_between(steps, low, high, alpha=0.3)
-        if name == "student_mass":
-            axis.plot(steps, [e["teacher_mass"] for e in entries], label="teacher_mass")
-            axis.legend()
-        if name == "value_gap":
-            axis.plot(steps, [e["entropy_gap"] for e in entries], label="entropy_gap")
-            axis.legend()
-        axis.set_title(title)
-        axis.set_xlabel("step")
-    for axis in (axes[1, 1],):
-        axis.bar(
-            WHEN, [metrics[when]["kl"] for when in WHEN], color=["#999999", "#6699cc", "#225588"]
-        )
-        axis.set_title("held-out KL(teacher || student), nats a token")
-        axis.margins(y=0.12)
-        for i, when in enumerate(WHEN):
-            axis.text(
-                i, metrics[when]["kl"], f"{metrics[when]['kl']:.2f}", ha="center", va="bottom"
-            )
-    figure.tight_layout()
+def draw(path: Path, logs: dict[str, list[dict[str, Any]]], metrics: dict[str, Any]) -> None:
+    figure = Figure(figsize=(18.5, 7), layout="constrained")
+    axes = figure.subplots(2, 4).flatten()
+    curves.panel(axes[0], logs["warm"], "phase 1: cross-entropy", ["loss"])
+    panels = [title for title in curves.PANELS if title != "Q(a), V, nats"]
+    for axis, title in zip(axes[1:], panels, strict=False):
+        curves.panel(axis, logs["td"], f"phase 2: {title}", curves.PANELS[title])
+    axis, kl = axes[-1], [metrics[when]["kl"] for when in WHEN]
+    axis.bar(WHEN, kl, color=["#999999", "#6699cc", "#225588"])
+    axis.set_title("held-out KL(teacher || student), nats a token")
+    axis.margins(y=0.12)
+    for i, value in enumerate(kl):
+        axis.text(i, value, f"{value:.2f}", ha="center", va="bottom")
     records.write_figure(path, figure)
 
 

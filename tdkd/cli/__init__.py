@@ -173,12 +173,15 @@ def _inspect(
     ],
     output: Annotated[str | None, typer.Option(help="JSON to write, and a PNG beside it")] = None,
     max_examples: Annotated[int | None, typer.Option(help="the first so many records")] = None,
-    top_p: Annotated[float, typer.Option(help="that the recommendation is for")] = 0.8,
-    cut: Annotated[
-        float, typer.Option(help="share of positions at which k may cut the nucleus")
-    ] = 0.05,
-    gamma: Annotated[float, typer.Option(help="discount, of the bound kappa(p)")] = 0.99,
+    mass: Annotated[
+        float, typer.Option(help="mean probability that the recommended k must hold")
+    ] = 0.95,
+    gamma: Annotated[float, typer.Option(help="discount, of the bound kappa")] = 0.99,
     max_k: Annotated[int, typer.Option(help="tokens of a position that are looked at")] = 1024,
+    teacher_temperature: Annotated[float, typer.Option(help="divides the teacher's logits")] = 1.0,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="columns at and above it are padding")
+    ] = None,
     max_length: Annotated[int, typer.Option(help="tokens of prompt and completion")] = 512,
     batch_size: Annotated[int, typer.Option(help="sequences at a time")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="length of an answer")] = 128,
@@ -193,10 +196,11 @@ def _inspect(
         data=data,
         output=output,
         max_examples=max_examples,
-        top_p=top_p,
-        cut=cut,
+        mass=mass,
         gamma=gamma,
         max_k=max_k,
+        teacher_temperature=teacher_temperature,
+        vocab_size=vocab_size,
         max_length=max_length,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from tdkd import checkpoints, records
+from tdkd import checkpoints, curves, records
 from tdkd.cache import Cache
 from tdkd.cli.console import console, shown_log
 from tdkd.errors import UserError
@@ -100,6 +101,11 @@ def run(args: list[str]) -> None:
             markup=False,
             soft_wrap=True,
         )
+        picture = output / "curves.png"
+        if importlib.util.find_spec("matplotlib") is None:
+            console.print('no curves.png: pip install "tdkd[train]"', markup=False)
+        elif curves.draw(picture, trainer.state.log_history):
+            console.print(f"curves in {picture}", markup=False, soft_wrap=True)
 
 
 def save_whole(trainer: TDTrainer, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:

@@ -13,10 +13,12 @@ everything, and counted as one that bootstraps):
     no parameters that learn: the linear forms then compute it, with its gradient, a chunk of rows
     at a time, which spares them a product with the head.
 ``starts``
-    it reads ``rows.initial``, which is then computed.
+    it counts from the first state of a response: ``rows.occupancy`` is then computed, and a target
+    network refused.
 
 ``ForwardKL(tail=True) + 0.1 * IQLearn()`` is an objective too, and :func:`parse` makes it from that
-text. ``docs/objectives.md`` lists all of them and shows how to write one.
+text; functions may stand in sums, and ``sum`` adds a list. ``docs/objectives.md`` lists all
+objectives and shows how to write one.
 """
 
 from tdkd.objectives.base import Objective, ObjectiveLike, Weighted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,8 +29,13 @@ class Objective:
         """One loss a row, ``[N]``; entries of rows that are no states are ignored."""
         raise NotImplementedError
 
-    def __add__(self, other: Objective) -> Objective:
-        return Weighted([*_terms(self), *_terms(other)])
+    def __add__(self, other: ObjectiveLike) -> Objective:
+        return Weighted([*_terms(self), *_terms(other)]) if callable(other) else NotImplemented
+
+    def __radd__(self, other: ObjectiveLike | int) -> Objective:
+        if isinstance(other, int) and other == 0:  # where sum() begins
+            return self
+        return Weighted([*_terms(other), *_terms(self)]) if callable(other) else NotImplemented
 
     def __mul__(self, weight: float) -> Objective:
         return Weighted([(weight * w, objective) for w, objective in _terms(self)])
@@ -46,16 +51,18 @@ class Weighted(Objective):
     """``sum_j w_j objective_j``; a term that bootstraps gives 0 where V' is unknown.
 
     Args:
-        terms: pairs ``(weight, objective)``.
+        terms: pairs ``(weight, objective)``; a plain function counts as the ops count it, with
+            every flag that it does not have but ``rowwise``.
     """
 
-    def __init__(self, terms: list[tuple[float, Objective]]) -> None:
-        self.terms = terms
-        self.bootstraps = all(objective.bootstraps for _, objective in terms)
-        self.normalised = any(objective.normalised for _, objective in terms)
-        self.rowwise = all(objective.rowwise for _, objective in terms)
-        self.starts = any(objective.starts for _, objective in terms)
-        self.demonstrations = any(objective.demonstrations for _, objective in terms)
+    def __init__(self, terms: Sequence[tuple[float, ObjectiveLike]]) -> None:
+        self.terms = [(weight, _objective(term)) for weight, term in terms]
+        objectives = [objective for _, objective in self.terms]
+        self.bootstraps = all(objective.bootstraps for objective in objectives)
+        self.normalised = any(objective.normalised for objective in objectives)
+        self.rowwise = all(objective.rowwise for objective in objectives)
+        self.starts = any(objective.starts for objective in objectives)
+        self.demonstrations = any(objective.demonstrations for objective in objectives)
 
     @property
     def looks_ahead(self) -> bool:
@@ -74,7 +81,31 @@ class Weighted(Objective):
         return " + ".join(f"{weight:g} * {objective!r}" for weight, objective in self.terms)
 
 
-def _terms(objective: Objective) -> list[tuple[float, Objective]]:
+class _Function(Objective):
+    """A plain function of ``Rows`` as a term of a sum."""
+
+    def __init__(self, function: Callable[[Rows], Tensor]) -> None:
+        self.function = function
+        for flag in ("bootstraps", "normalised", "starts", "demonstrations"):
+            setattr(self, flag, getattr(function, flag, True))
+        self.rowwise = getattr(function, "rowwise", False)
+
+    @property
+    def looks_ahead(self) -> bool:
+        return getattr(self.function, "looks_ahead", True)
+
+    def __call__(self, rows: Rows) -> Tensor:
+        return self.function(rows)
+
+    def __repr__(self) -> str:
+        return repr(self.function)
+
+
+def _objective(term: ObjectiveLike) -> Objective:
+    return term if isinstance(term, Objective) else _Function(term)
+
+
+def _terms(objective: ObjectiveLike) -> Sequence[tuple[float, ObjectiveLike]]:
     return objective.terms if isinstance(objective, Weighted) else [(1.0, objective)]
 
 

@@ -83,22 +83,34 @@ class IQLearn(Objective):
         alpha: strength, > 0; the smaller, the stronger. The paper's is 0.1, which is violent on
             log-probabilities: begin near 1.
         expectation: w is the taken token (``"token"``) or the teacher renormalised on the set
-            (``"teacher"``).
+            (``"teacher"``). V' is that of the taken token's successor for every action, since no
+            other successor was visited: only a linear phi does not mind (there V' cancels), and a
+            curved one is not the paper's expectation, which has a V' of each action's own.
         stop_gradient: ``"next"`` keeps gradients out of V'; without it they lower the error by
             emptying the next state's set.
         value: ``"expert"``: V - gamma V' on every state of the teacher, as above. ``"initial"``:
-            ``(1 - gamma) V(s_0)``, which is the same in expectation over what the student visits,
-            by telescoping. Every row takes that of its own response; it stands on the first row, as
-            often as the response has rows that count. Sums and means over rows are then right,
-            the losses of single rows are not. ``"mixed"``: V - gamma V' on every state, also on
-            those that the student's own answers visited (``Rows.expert_weight`` 0): the online
-            form of IQ-Learn, ``-E_teacher[phi] + E_all[V - gamma V']``. phi is of the teacher's
-            states alone in all three; where every state is the teacher's, this is ``"expert"``.
+            the same as seen from the first state of each response: the row t states into it weighs
+            gamma^t, times what makes the weights of its T rows sum to T (``Rows.occupancy``). Under
+            that discounted occupancy, and only there, V - gamma V' telescopes: its sum is V(s_0),
+            less gamma^T V(s_T) where the response was cut off, times
+            T (1 - gamma) / (1 - gamma^T): the ``(1 - gamma) V(s_0)`` of IQ-Learn, exact for each
+            response. Responses much longer than 1 / (1 - gamma) teach by their beginnings. The
+            student's own (``Rows.expert_weight`` 0) have a first state too, and no phi.
+            ``"mixed"``: V - gamma V' on every state, also on those that the student's own answers
+            visited: the online form of IQ-Learn, ``-E_teacher[phi] + E_all[V - gamma V']``; where
+            every state is the teacher's, this is ``"expert"``.
     Raises:
-        ValueError: an option is not one of the above.
+        ValueError: an option is not one of the above, or ``"initial"`` meets
+            ``stop_gradient="next"``, under which gradients do not telescope. For the same reason
+            the ops refuse a target network beside it.
 
-    >>> IQLearn("js", alpha=1.0, stop_gradient="next")
-    IQLearn(phi='js', alpha=1.0, expectation='token', stop_gradient='next', value='expert')
+    >>> from tdkd import ops
+    >>> student, teacher = torch.tensor([[[1.0, 0, 2], [0, 1, 0]], [[2.0, 0, 1], [0, 2, 0]]])
+    >>> options = {"k": 2, "top_p": 1.0, "successor": torch.tensor([1, -1])}
+    >>> tokens = torch.tensor([0, 1])
+    >>> out = ops.td_loss(student, teacher, tokens, objective=IQLearn("js", alpha=1.0), **options)
+    >>> round(out.loss.item(), 4)
+    4.3393
     """
 
     bootstraps = True
@@ -119,6 +131,11 @@ class IQLearn(Objective):
         one_of("expectation", expectation, ("token", "teacher"))
         one_of("stop_gradient", stop_gradient, (None, "next"))
         one_of("value", value, ("expert", "initial", "mixed"))
+        if value == "initial" and stop_gradient is not None:
+            raise ValueError(
+                'stop_gradient: expected None with value="initial", since gradients telescope to '
+                f"that of V(s_0) through V' alone, got {stop_gradient!r}"
+            )
         self.phi = phi
         self.alpha = alpha
         self.expectation = expectation
@@ -138,15 +155,14 @@ class IQLearn(Objective):
             # a slot without weight may hold -inf, which phi would turn into 0 * inf
             q = torch.where(weights > 0, rows.q, 0.0)
             expected = (weights * self._phi(q - future.unsqueeze(-1))).sum(-1)
+        value = rows.value - future
         if self.value == "expert":
-            return rows.expert(rows.value - future - expected)
-        expected = rows.expert(expected)
+            return rows.expert(value - expected)
+        loss = value - rows.expert(expected)
         if self.value == "mixed":
-            return rows.value - future - expected
-        assert rows.initial is not None
-        # elsewhere V may be -inf
-        first = torch.where(rows.initial > 0, rows.value, 0.0)
-        return (1 - rows.gamma) * rows.initial * first - expected
+            return loss
+        assert rows.occupancy is not None
+        return rows.occupancy * loss
 
     def _phi(self, x: Tensor) -> Tensor:
         return self.alpha * PHIS[self.phi](x / self.alpha)
@@ -160,6 +176,11 @@ class LSIQ(Objective):
     ``c/2 ((x - 1/c)^2 + (v + 1/c)^2) - 1/c``: two squared soft Bellman errors, with the rewards 1/c
     and -1/c. It is IQ-Learn with the squared reward as regulariser, under the mixture of teacher
     and student; the chi-squared divergence of the teacher to that mixture is bounded.
+
+    Q must be free to grow to 1/(c (1 - gamma)), 200 nats with the defaults: use ``q="logit"`` or a
+    value head. A log-probability is never above 0, and there this loss is little more than
+    cross-entropy on the set, with ``"fixed"`` of the weight 1/(1 - gamma). V' = 0 after the end is
+    low beside such values: as :class:`SQIL` it favours not to end.
 
     Read were the abstract and the authors' code (robfiras/ls-iq). There the student's half comes
     from states that the policy visits; here it is taken on every state at hand, the teacher's and
@@ -175,8 +196,13 @@ class LSIQ(Objective):
     Raises:
         ValueError: an option is not one of the above, or ``"fixed"`` meets gamma = 1.
 
-    >>> LSIQ(0.5)
-    LSIQ(c=0.5, expert='bootstrap', clip=True, stop_gradient='next')
+    >>> from tdkd import ops
+    >>> student, teacher = torch.tensor([[[1.0, 0, 2], [0, 1, 0]], [[2.0, 0, 1], [0, 2, 0]]])
+    >>> options = {"k": 2, "top_p": 1.0, "successor": torch.tensor([1, -1])}
+    >>> tokens = torch.tensor([0, 1])
+    >>> out = ops.td_loss(student, teacher, tokens, objective=LSIQ(0.5), **options)
+    >>> round(out.loss.item(), 4)
+    1.0325
     """
 
     bootstraps = True
@@ -224,6 +250,10 @@ class SQIL(Objective):
     Q must be free to grow to 1 / (1 - gamma): use ``q="logit"``. A log-probability is never above
     0, and there this loss is little more than cross-entropy.
 
+    A positive reward a token favours not to end: V' = 0 after the end, so that the teacher's EOS
+    gets Q = 1 where a token that goes on gets 1 + gamma V', up to 1 / (1 - gamma). A ``reward`` of
+    1 / (1 - gamma) where ``rows.successor`` is -1 makes the end as good as going on.
+
     Args:
         reward: r of the teacher's rows, or a function of ``Rows`` that returns r of all, ``[N]``.
         stop_gradient: ``"next"`` keeps gradients out of V'.
@@ -231,8 +261,13 @@ class SQIL(Objective):
         TypeError: ``reward`` is neither a number nor a function.
         ValueError: ``stop_gradient`` is not one of the above.
 
-    >>> SQIL()
-    SQIL(reward=1.0, stop_gradient='next')
+    >>> from tdkd import ops
+    >>> student, teacher = torch.tensor([[[1.0, 0, 2], [0, 1, 0]], [[2.0, 0, 1], [0, 2, 0]]])
+    >>> options = {"k": 2, "top_p": 1.0, "successor": torch.tensor([1, -1]), "q": "logit"}
+    >>> tokens = torch.tensor([0, 1])
+    >>> out = ops.td_loss(student, teacher, tokens, objective=SQIL(), **options)
+    >>> round(out.loss.item(), 4)
+    0.8452
     """
 
     bootstraps = True

@@ -44,8 +44,13 @@ class SoftTD(Objective):
         TypeError: ``steps`` is no int.
         ValueError: an option is out of range, or both ``steps`` and ``lam`` are given.
 
-    >>> SoftTD(steps=3)
-    SoftTD(steps=3, lam=None, stop_gradient='next', huber=None)
+    >>> from tdkd import ops
+    >>> student, teacher = torch.tensor([[[1.0, 0, 2], [0, 1, 0]], [[2.0, 0, 1], [0, 2, 0]]])
+    >>> options = {"k": 2, "top_p": 1.0, "successor": torch.tensor([1, -1])}
+    >>> tokens = torch.tensor([0, 1])
+    >>> out = ops.td_loss(student, teacher, tokens, objective=SoftTD(steps=2), **options)
+    >>> round(out.loss.item(), 4)
+    0.5486
     """
 
     bootstraps = True

@@ -55,7 +55,7 @@ class _Loss(torch.autograd.Function):
         linked: tuple[Tensor, Tensor],
         divisor: Tensor | float,
         factors: torch.dtype,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         wide = head.Head(weight, bias, factors)
         grads = head.Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         count, step = hidden.shape[0], head.chunk_rows(hidden.device, weight.shape[0])
@@ -88,7 +88,7 @@ class _Loss(torch.autograd.Function):
         ctx.made = grads
         ctx.rows, ctx.scale, ctx.divisor, ctx.factors = rows, scale, divisor, factors
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(terms.entropy)
+        ctx.mark_non_differentiable(terms.entropy, terms.log_mass)
         return terms.loss.sum() / divisor, *terms[1:]
 
     @staticmethod
