@@ -350,8 +350,9 @@ def prepared(models: Path, device: str, scratch: str) -> tuple[Setup, dict[str, 
         model=str(models / "teacher"), data=str(models / "train.jsonl"), served=None,
         tokenizer=None, output=sets, action_top_k=demo["action_top_k"],
         action_top_p=demo["action_top_p"], teacher_temperature=1.0, max_length=longest,
-        tail=True, log_probs="float16", model_dtype="float32", batch_size=16,
-        shard_examples=1024, device=device,
+        tail=True, log_probs="float16", model_dtype="float32",
+        vocab_size=None, assistant_only_loss=False, batch_size=16, shard_examples=1024,
+        device=device,
     )  # fmt: skip
     return Setup(teacher, student, tokenizer, data, device, scratch, sets), named
 

@@ -12,18 +12,19 @@ and ``manifest.json``, which is written last. A row of a shard is an example:
 ``log_tail``    log of the mass outside each set, where it is kept
 ==============  ====================================================================
 
-Ids take two bytes in vocabularies of up to 65,536 tokens, else four; log-probabilities two. States
-are numbered through the whole cache. :meth:`Cache.dataset` gives examples whose *labels* are those
-numbers (-100 elsewhere): what truncates, packs or shuffles labels carries the sets along, and
-:class:`Collator` puts tokens and sets in their place.
+Ids take two bytes in vocabularies of up to 65,536 tokens, else four; log-probabilities two, and so
+does the count of a set, which has at most 65,535 members. States are numbered through the whole
+cache. :meth:`Cache.dataset` gives examples whose *labels* are those numbers (-100 elsewhere): what
+truncates, packs or shuffles labels carries the sets along, and :class:`Collator` puts tokens and
+sets in their place.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,11 +46,16 @@ except (ImportError, RuntimeError) as error:  # lazy modules raise the latter
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+TOLD = ("file", "sha256", "bytes", "examples", "tokens", "states", "members")
+"""What is told of a shard."""
 DTYPES = ("float16", "bfloat16")
+MOST_MEMBERS = int(np.iinfo(np.uint16).max)
 LOWEST = float(np.finfo(np.float16).min)
 """Log-probabilities below it are kept as it."""
+PART = 1 << 24
+"""Bytes of a model that are hashed at a time."""
 Array = npt.NDArray[Any]
 
 
@@ -79,9 +85,17 @@ class Manifest:
     """``name`` and ``sha256``: of its files, or None where a server was asked."""
     tokenizer: str
     """sha256 of what turns text into tokens: :func:`tokenizer_hash`."""
+    chat_template: str | None
+    """sha256 of the template that wrote the conversations; None where there are none."""
     data: dict[str, Any]
     """``name`` and ``sha256`` of the file."""
+    tokens_sha256: str | None
+    """:func:`tokens_hash` of what was prepared of it; None where a server was asked."""
+    assistant_only_loss: bool
+    model_dtype: str | None
+    """of the teacher's weights; None where a server was asked."""
     vocab_size: int
+    """Columns of the teacher's law: its head's, or fewer where padding was left out."""
     action_top_k: int
     action_top_p: float
     teacher_temperature: float
@@ -108,14 +122,18 @@ def write_shard(
     id_type = pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
     half = pa.float16() if dtype == "float16" else pa.uint16()
     columns = {
-        "input_ids": _lists([x.input_ids for x in examples], id_type),
-        "mask": _lists([x.mask for x in examples], pa.bool_()),
-        "count": _lists([x.count for x in examples], pa.uint16()),
-        "ids": _lists([x.ids for x in examples], id_type),
-        "log_probs": _lists([_halved(x.log_probs, dtype) for x in examples], half),
+        "input_ids": _lists("input_ids", [x.input_ids for x in examples], id_type),
+        "mask": _lists("mask", [x.mask for x in examples], pa.bool_()),
+        "count": _lists("count", [x.count for x in examples], pa.uint16()),
+        "ids": _lists("ids", [x.ids for x in examples], id_type, large=True),
+        "log_probs": _lists(
+            "log_probs", [_halved(x.log_probs, dtype) for x in examples], half, large=True
+        ),
     }
     if tail:
-        columns["log_tail"] = _lists([_halved(x.log_tail, dtype) for x in examples], half)
+        columns["log_tail"] = _lists(
+            "log_tail", [_halved(x.log_tail, dtype) for x in examples], half
+        )
     table = pa.table(columns)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -141,12 +159,13 @@ def shard_name(number: int) -> str:
 
 
 def told_of(folder: Path, number: int) -> dict[str, Any] | None:
-    """What :func:`write_shard` told of a shard; None where there is none."""
+    """What :func:`write_shard` told of a shard; None where that, or the shard, is not there."""
     path = folder / shard_name(number)
-    if not path.exists() or not path.with_suffix(".json").exists():
+    try:
+        told: Any = json.loads(path.with_suffix(".json").read_bytes())
+    except (OSError, ValueError):
         return None
-    told: dict[str, Any] = records.read_json(path.with_suffix(".json"))
-    return told
+    return told if path.exists() and _tells(told) else None
 
 
 def finished(folder: Path, number: int) -> bool:
@@ -182,18 +201,7 @@ class Cache:
     ) -> None:
         self.path = Path(path)
         self.argument = argument
-        place = self.path / MANIFEST
-        if not place.is_file():
-            raise UserError(
-                f"{argument}: expected a folder that tdkd cache has finished, got {path} without "
-                f"{MANIFEST}"
-            )
-        given = records.read_json(place)
-        if given.get("format") != FORMAT:
-            raise UserError(
-                f"{argument}: expected format {FORMAT} in {place}, got {given.get('format')}"
-            )
-        self.manifest = Manifest(**given)
+        self.manifest = _read_manifest(self.path / MANIFEST, argument)
         for shard in self.manifest.shards:
             file = self.path / shard["file"]
             size = file.stat().st_size if file.is_file() else None
@@ -258,6 +266,60 @@ class Cache:
             raise UserError(
                 f"{argument}: expected the tokenizer that {self.path} was made with "
                 f"({self.manifest.tokenizer[:12]}), got another one ({got[:12]})"
+            )
+
+    def same_template(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether a tokenizer writes conversations as the cache's does, where it holds any."""
+        kept = self.manifest.chat_template
+        return kept is None or kept == template_hash(tokenizer)
+
+    def check_template(self, tokenizer: PreTrainedTokenizerBase, argument: str) -> None:
+        """Refuses a tokenizer whose chat template is not the one of the cache.
+
+        Raises:
+            UserError: it would write the conversations otherwise.
+        """
+        if not self.same_template(tokenizer):
+            got = template_hash(tokenizer)
+            raise UserError(
+                f"{argument}: expected the chat template of the conversations in {self.path} "
+                f"({str(self.manifest.chat_template)[:12]}), got "
+                f"{'none' if got is None else f'another one ({got[:12]})'}; the student would meet "
+                "other prompts than it learned from: give it the teacher's template, or its own to "
+                "the teacher and run tdkd cache again"
+            )
+
+    def check_tokens(self, prepared: Dataset, argument: str) -> None:
+        """Refuses examples whose tokens, or what is learned of them, are not those of the cache.
+
+        Args:
+            prepared: the data with ``input_ids`` and ``labels``, made with the student's tokenizer.
+            argument: what an error calls it.
+        Raises:
+            UserError: one differs.
+        """
+        if tokens_hash(prepared) != self.manifest.tokens_sha256:
+            raise UserError(
+                f"{argument}: expected the tokens of {self.path}, got others of the same file, "
+                "since the student's chat template is another: give it the teacher's, or its own "
+                "to the teacher and run tdkd cache again"
+            )
+
+    def check_vocabulary(self, columns: int, argument: str) -> None:
+        """Refuses a student whose law has other columns than the teacher's.
+
+        Nobody tells how many a served teacher has: there the student needs those of the tokenizer.
+
+        Raises:
+            UserError: the numbers differ.
+        """
+        kept = self.manifest.vocab_size
+        served = self.manifest.teacher.get("sha256") is None
+        if columns < kept or (columns > kept and not served):
+            raise UserError(
+                f"{argument}: expected the {kept} columns of {self.path}, got {columns}; where "
+                "teacher and student differ by padding alone, give their common number to tdkd "
+                "cache --vocab-size and to vocab_size"
             )
 
     def check_data(self, file: str | Path, argument: str) -> None:
@@ -408,7 +470,7 @@ class Collator:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 of the parts of a fast tokenizer that make tokens of text, and of its end token.
 
-    How it pads and truncates is left out, and so is the chat template: a cache holds tokens.
+    How it pads and truncates is left out; for the chat template see :func:`template_hash`.
     """
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     core.pop("truncation", None)
@@ -417,17 +479,40 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()
 
 
-def folder_hash(folder: Path) -> str:
-    """sha256 of a model's configuration and weights: of names, sizes and both ends of each file."""
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """sha256 of a chat template; None without one."""
+    template = tokenizer.chat_template
+    if not template:
+        return None
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
+
+
+def tokens_hash(prepared: Dataset) -> str:
+    """sha256 of examples: their lengths, ``input_ids`` and ``labels``."""
+    digests = [hashlib.sha256() for _ in range(3)]
+    for table in prepared.with_format("arrow").iter(batch_size=1024):
+        ids, labels = (table[name].combine_chunks() for name in ("input_ids", "labels"))
+        columns = ids.value_lengths(), ids.flatten(), labels.flatten()
+        for digest, column in zip(digests, columns, strict=True):
+            digest.update(column.to_numpy().astype(np.int64).tobytes())
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+
+
+def model_files(folder: Path) -> list[Path]:
+    """A model's configuration and weights."""
+    return sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+
+
+def folder_hash(folder: Path, advance: Callable[[int], object] | None = None) -> str:
+    """sha256 of the names, sizes and contents of :func:`model_files`; ``advance`` gets bytes."""
     digest = hashlib.sha256()
-    ends = 1 << 20
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(ends))
-            file.seek(max(0, size - ends))
-            digest.update(file.read(ends))
+    for path in model_files(folder):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb", buffering=0) as file:
+            while part := file.read(PART):
+                digest.update(part)
+                if advance is not None:
+                    advance(len(part))
     return digest.hexdigest()
 
 
@@ -444,12 +529,54 @@ def file_hash(path: Path) -> str:
         raise UserError(f"expected to read {path}, got {error.strerror or error}") from error
 
 
-def _lists(values: list[Array], kind: pa.DataType) -> pa.ListArray:
+def _read_manifest(place: Path, argument: str) -> Manifest:
+    if not place.is_file():
+        raise UserError(
+            f"{argument}: expected a folder that tdkd cache has finished, got {place.parent} "
+            f"without {MANIFEST}"
+        )
+    given = records.read_json(place, argument)
+    form = given.get("format") if isinstance(given, dict) else None
+    if form != FORMAT:
+        raise UserError(
+            f"{argument}: expected format {FORMAT} in {place}, got {form}; run tdkd cache again"
+        )
+    known = [field.name for field in fields(Manifest)]
+    lost = [name for name in known if name not in given]
+    if not lost and not all(map(_tells, given["shards"])):
+        lost = [f"{', '.join(TOLD)} of each shard"]
+    if lost:
+        raise UserError(
+            f"{argument}: expected {', '.join(lost)} in {place}, got none; run tdkd cache again"
+        )
+    return Manifest(**{name: given[name] for name in known})
+
+
+def _tells(told: Any) -> bool:
+    return isinstance(told, dict) and set(TOLD) <= told.keys()
+
+
+def _lists(
+    name: str, values: list[Array], kind: pa.DataType, *, large: bool = False
+) -> pa.ListArray | pa.LargeListArray:
+    """A column; ``large``: the values of all its rows may be 2^31 and more."""
     offsets = np.cumsum([0, *map(len, values)])
+    most = np.iinfo(np.int64 if large else np.int32).max
+    if offsets[-1] > most:
+        raise UserError(
+            f"shard-examples: expected at most {most} {name} in a file, got {offsets[-1]}; take "
+            "fewer examples"
+        )
     flat = np.concatenate(values) if values else np.empty(0)
-    # numpy's half is Arrow's; a cast of wider integers would refuse what does not fit
+    # numpy's half is Arrow's
     numbers = flat.astype(kind.to_pandas_dtype())
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(numbers, kind))
+    if pa.types.is_integer(kind) and (numbers != flat).any():
+        raise UserError(
+            f"{name}: expected numbers of at most {np.iinfo(numbers.dtype).max}, got {flat.max()}"
+        )
+    made = pa.LargeListArray if large else pa.ListArray
+    offset_type = pa.int64() if large else pa.int32()
+    return made.from_arrays(pa.array(offsets, offset_type), pa.array(numbers, kind))
 
 
 def _halved(values: Array, dtype: str) -> Array:

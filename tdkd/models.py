@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ try:
     from transformers import (
         AutoModelForCausalLM,
         AutoTokenizer,
+        GenerationConfig,
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
@@ -77,11 +78,13 @@ def check_model_path(path: str | Path, argument: str = "model") -> Path:
 def load_model(
     path: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
     device: str | torch.device = "cpu",
     argument: str = "model",
 ) -> PreTrainedModel:
     """A causal language model from a local directory, from safetensors alone, in eval mode.
+
+    ``dtype="auto"`` is the checkpoint's own.
 
     Raises:
         UserError: the directory is missing, is no model, or cannot be read.
@@ -301,7 +304,17 @@ def prune_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a response: the tokenizer's and the generation config's."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
+    return _ends(model.generation_config, tokenizer)
+
+
+def eos_beside(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """As :func:`eos_token_ids`, of a tokenizer's directory: a generation config may lie there."""
+    there = (Path(path) / "generation_config.json").is_file()
+    return _ends(GenerationConfig.from_pretrained(path) if there else None, tokenizer)
+
+
+def _ends(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    configured = getattr(config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None})
 

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -76,9 +76,15 @@ def read(path: str | Path, argument: str = "data", *, answered: bool = False) ->
     return records
 
 
-def lines(path: str | Path, argument: str) -> Iterator[tuple[int, Record]]:
+def lines(
+    path: str | Path, argument: str, skip: Callable[[UserError], object] | None = None
+) -> Iterator[tuple[int, Record]]:
     """The numbers and objects of the lines of a JSONL file, but for empty lines.
 
+    Args:
+        path: the file.
+        argument: what an error calls it.
+        skip: gets the error of a line that is no JSON object, which is left out then.
     Raises:
         UserError: the file is missing or cannot be read, or a line is no JSON object.
     """
@@ -87,8 +93,16 @@ def lines(path: str | Path, argument: str) -> Iterator[tuple[int, Record]]:
         # bytes end at \n alone: text may hold line separators of Unicode
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _parse(line, number, path, argument)
+                if not line.strip():
+                    continue
+                try:
+                    record = _parse(line, number, path, argument)
+                except UserError as error:
+                    if skip is None:
+                        raise
+                    skip(error)
+                else:
+                    yield number, record
     except OSError as error:
         raise UserError(
             f"{argument}: expected a JSONL file to read, got {path}: {error.strerror or error}"
@@ -253,7 +267,7 @@ def write_figure(path: Path, figure: Any, dpi: int = 120) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, argument: str = "output") -> Any:
     """What :func:`write_whole` wrote.
 
     Raises:
@@ -262,7 +276,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, *_BROKEN) as error:
-        raise UserError(f"output: expected JSON in {path}, got {error}") from error
+        raise UserError(f"{argument}: expected JSON in {path}, got {error}") from error
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:

@@ -87,6 +87,13 @@ class TDConfig(SFTConfig):
     teacher_cache: str | None = field(
         default=None, metadata={"help": "Folder of the cache, with teacher: cache."}
     )
+    teacher_cache_verify: bool = field(
+        default=True,
+        metadata={
+            "help": "Compare the cache with its checksums, which reads all of it at the start; "
+            "otherwise only sizes are compared."
+        },
+    )
     action_top_k: int = field(
         default=64, metadata={"help": "Cap of an action set (GPU kernels take 1024 at most)."}
     )
@@ -363,6 +370,8 @@ class TDTrainer(SFTTrainer):
     data_collator: Any
     _aside: str | None = None
     """Where checkpoints go in place of the output directory."""
+    _templates_must_agree = True
+    """Whether conversations of a cache are refused to a student with another chat template."""
 
     def __init__(
         self,
@@ -391,7 +400,14 @@ class TDTrainer(SFTTrainer):
             self._cache = _opened_cache(args)
             if trainer.get("train_dataset") is None:
                 trainer["train_dataset"] = self._cache.dataset()
-        super().__init__(model=model, args=args, **trainer)
+        masked = args.assistant_only_loss
+        try:
+            if self._cache is not None:
+                # its labels are masked already, and TRL would ask for conversations
+                args.assistant_only_loss = False
+            super().__init__(model=model, args=args, **trainer)
+        finally:
+            args.assistant_only_loss = masked
         # the losses below honour num_items_in_batch, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
         self.objective = args.build_objective() if objective is None else objective
@@ -465,12 +481,12 @@ class TDTrainer(SFTTrainer):
     def _read(self, cache: Cache, student: Head) -> None:
         """Makes batches carry the sets of a cache."""
         cache.check_tokenizer(self._tokenizer, "processing_class")
-        columns = student.weight.shape[0] if self.args.vocab_size is None else self.args.vocab_size
-        if cache.manifest.vocab_size > columns:
-            raise UserError(
-                f"model: expected a vocabulary of at least the {cache.manifest.vocab_size} tokens "
-                f"of {cache.path}, got {columns}"
-            )
+        if self._templates_must_agree:
+            cache.check_template(self._tokenizer, "processing_class")
+        if self.args.vocab_size is None:
+            cache.check_vocabulary(student.weight.shape[0], "model")
+        else:
+            cache.check_vocabulary(self.args.vocab_size, "vocab_size")
         collator = Collator(self.data_collator, cache)
         self.data_collator = collator
         for given in (self.train_dataset, self.eval_dataset):
@@ -887,11 +903,16 @@ class TDTrainer(SFTTrainer):
 def _opened_cache(args: TDConfig) -> Cache:
     """The cache, if its sets are those that the configuration asks for."""
     # one process reads it all for the checksums
-    cache = Cache(args.teacher_cache or "", verify=args.process_index == 0)
-    for name in ("action_top_k", "action_top_p", "teacher_temperature"):
+    verify = args.teacher_cache_verify and args.process_index == 0
+    cache = Cache(args.teacher_cache or "", verify=verify)
+    of_the_cache = ("action_top_k", "action_top_p", "teacher_temperature", "assistant_only_loss")
+    for name in of_the_cache:
         kept, wanted = getattr(cache.manifest, name), getattr(args, name)
         if kept != wanted:
-            raise UserError(f"{name}: expected {kept} as in {cache.path}, got {wanted}")
+            raise UserError(
+                f"{name}: expected {kept} as in {cache.path}, got {wanted}; tdkd cache has an "
+                "option of that name"
+            )
     return cache
 
 

@@ -4,20 +4,26 @@ what they learn from the live teacher."""
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import tiny
 import torch
+from datasets import Dataset
 
 from tdkd import cache as caches
 from tdkd import cli, ops
 from tdkd.cache import Cache, Collator, Example
+from tdkd.cli import cache as command
 from tdkd.cli import distill
 from tdkd.errors import UserError
 from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer
+from tdkd.testing import memory_events
 from tdkd.trainer import TDConfig, TDTrainer
 
 WORDS = ["one two", "red", "a b c d e", "why?", "north by east", "0123", "tick tock", "zig"]
@@ -41,14 +47,13 @@ def write(path, lines):
 
 
 def run(output, *, model=None, data=None, **options):
-    from tdkd.cli import cache
-
     given = {
         "served": None, "tokenizer": None, "action_top_k": K, "action_top_p": P,
         "teacher_temperature": 1.0, "max_length": 64, "tail": True, "log_probs": "float16",
-        "model_dtype": "float32", "batch_size": 2, "shard_examples": 4, "device": "cpu",
+        "model_dtype": "float32", "vocab_size": None, "assistant_only_loss": False,
+        "batch_size": 2, "shard_examples": 4, "device": "cpu",
     }  # fmt: skip
-    cache.run(
+    command.run(
         output=str(output), model=model and str(model), data=data and str(data),
         **{**given, **options},
     )  # fmt: skip
@@ -133,6 +138,12 @@ def _columns(example):
     return example["input_ids"], example["labels"]
 
 
+OF_NOBODY = {
+    "teacher": {}, "tokenizer": "", "chat_template": None, "data": {}, "tokens_sha256": None,
+    "assistant_only_loss": False, "model_dtype": None,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("log_probs", ["float16", "bfloat16"])
 @pytest.mark.parametrize("tail", [True, False])
 @pytest.mark.parametrize("vocab_size", [300, 70_000])
@@ -166,9 +177,8 @@ def test_ragged_sets_come_back(tmp_path, log_probs, tail, vocab_size):
         tmp_path, 0, examples, vocab_size=vocab_size, dtype=log_probs, tail=tail
     )
     caches.write_manifest(
-        tmp_path, [told], teacher={}, tokenizer="", data={}, vocab_size=vocab_size,
-        action_top_k=7, action_top_p=1.0, teacher_temperature=1.0, max_length=None,
-        dtype=log_probs, tail=tail,
+        tmp_path, [told], **OF_NOBODY, vocab_size=vocab_size, action_top_k=7, action_top_p=1.0,
+        teacher_temperature=1.0, max_length=None, dtype=log_probs, tail=tail,
     )  # fmt: skip
     read = Cache(tmp_path)
     order = rng.permutation(len(sets))
@@ -246,6 +256,10 @@ def test_a_student_learns_what_it_learns_from_the_live_teacher(
         assert len(losses) == 2
         assert np.isfinite(losses).all()
         return
+    _learn_the_same(live, cached, before)
+
+
+def _learn_the_same(live, cached, before):
     live.train()
     cached.train()
     moved = off = 0.0
@@ -256,6 +270,35 @@ def test_a_student_learns_what_it_learns_from_the_live_teacher(
     # Rounding moves a row's probabilities by 2 u H in all, H at most log(K + 2) with the tail; two
     # random models share little mass, so that the row's gradient is of size 1.
     assert off < 2 * 2.0**-11 * np.log(K + 2) * moved
+
+
+def test_vocabularies_that_are_padded_differently(
+    tmp_path, tiny_tokenizer, tiny_teacher, tiny_student, data
+):
+    """What a student of fewer columns learns from a wider teacher, live and cached."""
+    wide = tiny.save_llama(tmp_path / "wide", tiny_tokenizer, layers=4, seed=0, vocab_size=320)
+    whole = run(tmp_path / "whole", model=wide, data=data)
+    with pytest.raises(UserError, match="model: expected the 320 columns of .*, got 264; where"):
+        cached_trainer(tmp_path, tiny_student, whole)
+    with pytest.raises(UserError, match="vocab_size: expected the 320 columns of .*, got 264"):
+        cached_trainer(tmp_path, tiny_student, whole, vocab_size=264)
+    cut = run(tmp_path / "cut", model=wide, data=data, vocab_size=264)
+    assert cut.manifest.vocab_size == 264
+    assert int(whole.sets(np.arange(93)).ids.max()) >= 264 > int(cut.sets(np.arange(93)).ids.max())
+    with pytest.raises(UserError, match="model: expected the 264 columns of .*, got 320"):
+        cached_trainer(tmp_path, wide, cut)
+    tokenizer = load_tokenizer(tiny_student)
+    live = TDTrainer(
+        load_model(tiny_student), str(wide), config(tmp_path / "live", vocab_size=264),
+        train_dataset=distill.load_data(str(data), "train_file", tokenizer, 64),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    before = [p.detach().clone() for p in live.model.parameters()]
+    _learn_the_same(live, cached_trainer(tmp_path / "cached", tiny_student, cut), before)
+    with pytest.raises(UserError, match="vocab-size: expected at most the 264 columns .* got 265"):
+        run(tmp_path / "c", model=tiny_teacher, data=data, vocab_size=265)
+    with pytest.raises(UserError, match="vocab-size: expected more than 2.., the largest token"):
+        run(tmp_path / "d", model=tiny_teacher, data=data, vocab_size=100)
 
 
 def _same_tokens(live, cached):
@@ -289,10 +332,46 @@ def test_shuffling_filtering_and_streaming_carry_the_sets(made):
         assert torch.equal(batch["action_log_probs"], expected.log_probs)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_student_learns_from_a_stream(made, tmp_path, tiny_student, packing):
+    """What it learns from the same examples in memory, in the same order."""
+    options = {"packing": packing, "max_length": 64, "train_sampling_strategy": "sequential"}
+    runs = [
+        cached_trainer(tmp_path, tiny_student, made, made.dataset(streaming=streaming), **options)
+        for streaming in (True, False)
+    ]
+    for one in runs:
+        one.train()
+    assert runs[0].state.log_history[0]["loss"] > 0
+    for a, b in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_holds_no_row_of_logits(tmp_path, tiny_tokenizer, data):
+    """Nothing that a step allocates is larger than the gradient of the head."""
+    columns, width = 100_000, 16
+    teacher, student = (
+        tiny.save_llama(tmp_path / name, tiny_tokenizer, layers=2, seed=seed, vocab_size=columns)
+        for seed, name in enumerate(("teacher", "student"))
+    )
+    made = run(tmp_path / "c", model=teacher, data=data)
+
+    def largest(**options):
+        trainer = cached_trainer(tmp_path, student, made, per_device_train_batch_size=11, **options)
+        batch = next(iter(trainer.get_train_dataloader()))
+        states = int((batch["labels"][:, 1:] >= 0).sum())
+        assert states > 5 * width
+        sizes = memory_events(lambda: trainer.training_step(trainer.model, dict(batch), states))
+        return max(sizes) / 4, states
+
+    assert largest(normaliser="batch", batch_vocabulary_extra=64)[0] <= columns * width
+    # and so it is seen where there are logits
+    exact, states = largest(normaliser="exact")
+    assert exact >= columns * states
+
+
 def test_a_shard_is_a_data_set(made):
     """As the docs of tdkd.cache say: without our reader too."""
-    from datasets import Dataset
-
     shard = Dataset.from_file(str(made.path / "sets-00000.arrow"))
     assert len(shard) == 4
     example = shard[0]
@@ -331,15 +410,21 @@ def test_what_is_done_is_not_done_again(tmp_path, tiny_teacher, data, monkeypatc
     assert made == [0, 1]
     with pytest.raises(UserError, match="expected a folder that tdkd cache has finished"):
         Cache(tmp_path / "cut")
-    # one that was damaged meanwhile is made again
+    # one that was damaged meanwhile is made again, and one that nothing readable is told of
+    (tmp_path / "cut" / "sets-00000.json").write_bytes(b"")
     (tmp_path / "cut" / "sets-00001.arrow").write_bytes(b"damaged")
     made.clear()
     monkeypatch.setattr(
         caches, "write_shard", lambda f, n, *a, **k: made.append(n) or write_shard(f, n, *a, **k)
     )
     cut = run(tmp_path / "cut", model=tiny_teacher, data=data)
-    assert made == [1, 2]
+    assert made == [0, 1, 2]
     assert cut.manifest == whole.manifest
+    for told in ("{}", "[]", '{"sha256": 1}'):
+        (tmp_path / "cut" / "sets-00001.json").write_text(told)
+        made.clear()
+        run(tmp_path / "cut", model=tiny_teacher, data=data)
+        assert made == [1]
 
 
 def test_processes_share_the_work(tmp_path, tiny_teacher, data):
@@ -368,6 +453,18 @@ def test_another_teacher_or_option_does_not_go_on(tmp_path, tiny_teacher, tiny_s
     other = write(tmp_path / "other.jsonl", records(3))
     with pytest.raises(UserError, match=r"data: expected .*; choose another --output"):
         run(tmp_path / "c", model=tiny_teacher, data=other)
+    with pytest.raises(UserError, match="model_dtype: expected 'float32' as in .*, got 'bfloat16'"):
+        run(tmp_path / "c", model=tiny_teacher, data=data, model_dtype="bfloat16")
+    chatty = with_template(tiny_teacher, tmp_path / tiny_teacher.name, OTHER_TEMPLATE)
+    with pytest.raises(UserError, match=r"chat_template: expected .*; choose another --output"):
+        run(tmp_path / "c", model=chatty, data=data)
+    # templates may look at the clock: the tokens themselves count
+    settings = json.loads((tmp_path / "c" / "settings.json").read_text())
+    assert settings["tokens_sha256"] == Cache(tmp_path / "c").manifest.tokens_sha256
+    settings["tokens_sha256"] = "0" * 64
+    (tmp_path / "c" / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="tokens_sha256: expected '000.*; choose another --output"):
+        run(tmp_path / "c", model=tiny_teacher, data=data)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="output: expected a new folder or one of tdkd cache"):
@@ -376,16 +473,14 @@ def test_another_teacher_or_option_does_not_go_on(tmp_path, tiny_teacher, tiny_s
 
 def test_damage_is_found(tmp_path, tiny_teacher, data, capsys):
     made = run(tmp_path / "c", model=tiny_teacher, data=data)
-    from tdkd.cli import cache
-
-    cache.verify(str(made.path))
+    command.verify(str(made.path))
     assert "11 examples" in capsys.readouterr().err
     file = made.path / "sets-00001.arrow"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"verify: expected the \d+ bytes .*another checksum"):
-        cache.verify(str(made.path))
+        command.verify(str(made.path))
     Cache(made.path, verify=False)
     file.write_bytes(content[:-1])
     with pytest.raises(UserError, match="teacher_cache: expected the .* bytes"):
@@ -393,10 +488,28 @@ def test_damage_is_found(tmp_path, tiny_teacher, data, capsys):
     file.unlink()
     with pytest.raises(UserError, match="got no such file"):
         Cache(made.path, verify=False)
-    manifest = json.loads((made.path / "manifest.json").read_text())
-    (made.path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(UserError, match="expected format 1 in .*, got 99"):
-        Cache(made.path)
+
+
+def test_a_manifest_that_lacks_something_is_refused(made, tmp_path):
+    whole = json.loads((made.path / "manifest.json").read_text())
+    (shard, *others) = whole["shards"]
+    short = {name: value for name, value in whole.items() if name not in ("tail", "data")}
+    for content, words in (
+        (json.dumps({**whole, "format": 1}), "expected format 2 in .*, got 1; run tdkd cache"),
+        ("[]", "expected format 2 in .*, got None; run tdkd cache again"),
+        ("", "sets: expected JSON in .*manifest.json"),
+        (json.dumps(short), "sets: expected data, tail in .*manifest.json, got none; run tdkd"),
+        (
+            json.dumps({**whole, "shards": [*others, {"file": shard["file"]}]}),
+            "expected file, sha256, .* of each shard in .*, got none",
+        ),
+    ):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=words):
+            Cache(tmp_path, argument="sets")
+    # what a later version adds does no harm
+    (tmp_path / "manifest.json").write_text(json.dumps({**whole, "shards": [], "more": 1}))
+    Cache(tmp_path)
 
 
 def test_other_data_tokenizers_and_sets_are_refused(made, tmp_path, tiny_student):
@@ -447,6 +560,208 @@ def test_distill_from_a_cache(made, tmp_path, tiny_student, data):
     assert log[0]["set_size"] > 1
 
 
+OTHER_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' says: ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant says: ' }}{% endif %}"
+)
+
+
+def with_template(model, path, template):
+    """A copy of a model whose tokenizer has another chat template."""
+    shutil.copytree(model, path)
+    tokenizer = load_tokenizer(path)
+    tokenizer.chat_template = template
+    (path / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def distilling(student, cache, out, *more):
+    return [
+        "--model_name_or_path", str(student), "--teacher", "cache", "--teacher_cache",
+        str(cache.path), "--output_dir", str(out), "--max_steps", "1", "--report_to", "none",
+        "--per_device_train_batch_size", "3", "--save_strategy", "no", "--use_cpu", "true",
+        "--gradient_checkpointing", "false", "--action_top_k", str(K), "--action_top_p", str(P),
+        *more,
+    ]  # fmt: skip
+
+
+def test_a_student_with_another_chat_template(made, tmp_path, tiny_teacher, tiny_student, data):
+    """Its prompts would not be those that it learned from."""
+    other = with_template(tiny_student, tmp_path / "other", OTHER_TEMPLATE)
+    with pytest.raises(UserError, match="train_file: expected the tokens of .*chat template"):
+        distill.run(distilling(other, made, tmp_path / "a", "--train_file", str(data)))
+    with pytest.raises(
+        UserError, match="processing_class: expected the chat template of .*another"
+    ):
+        distill.run(distilling(other, made, tmp_path / "b"))
+    none = with_template(tiny_student, tmp_path / "none", None)
+    with pytest.raises(UserError, match="processing_class: expected the chat template .*got none"):
+        distill.run(distilling(none, made, tmp_path / "c"))
+    # TRL gives it the teacher's
+    (tmp_path / "t.jinja").write_text(tiny.CHAT_TEMPLATE)
+    distill.run(
+        distilling(none, made, tmp_path / "c", "--chat_template_path", str(tmp_path / "t.jinja"))
+    )
+    # the same tokens by other words
+    same = with_template(tiny_student, tmp_path / "same", "{# - #}" + tiny.CHAT_TEMPLATE)
+    with pytest.raises(UserError, match="processing_class: expected the chat template of"):
+        distill.run(distilling(same, made, tmp_path / "d"))
+    distill.run(distilling(same, made, tmp_path / "d", "--train_file", str(data)))
+    assert (tmp_path / "d" / "final" / "config.json").exists()
+    # no conversation, no template
+    lines = [{"prompt": "say " + word, "completion": " " + word} for word in WORDS]
+    plain = write(tmp_path / "plain.jsonl", lines)
+    sets = run(tmp_path / "plain", model=tiny_teacher, data=plain)
+    assert sets.manifest.chat_template is None
+    cached_trainer(tmp_path, other, sets)
+
+
+def test_the_hash_of_tokens():
+    """Of what is learned, where examples end, and nothing else."""
+    lists = [[1, 2, 3], [4], [5, 6]]
+    labels = [[-100, 2, 3], [4], [-100, 6]]
+
+    def hashed(ids, labels):
+        return caches.tokens_hash(Dataset.from_dict({"input_ids": ids, "labels": labels}))
+
+    whole = hashed(lists, labels)
+    twice = Dataset.from_dict({"input_ids": lists[::-1] * 999, "labels": labels[::-1] * 999})
+    assert caches.tokens_hash(twice.select([2, 1, 0])) == whole
+    assert caches.tokens_hash(twice) == caches.tokens_hash(twice.filter(lambda x: True))
+    assert hashed(lists[::-1], labels[::-1]) != whole
+    assert hashed(lists, [[1, 2, 3], *labels[1:]]) != whole
+    assert hashed([[1, 2], [3, 4], [5, 6]], [[-100, 2], [3, 4], [-100, 6]]) != whole
+
+
+GENERATION_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_what_the_assistant_says(tmp_path, tiny_teacher, tiny_student, data):
+    """As TRL's trainer masks it."""
+    teacher = with_template(tiny_teacher, tmp_path / "teacher", GENERATION_TEMPLATE)
+    student = with_template(tiny_student, tmp_path / "student", GENERATION_TEMPLATE)
+    turns = [{"messages": [*x["prompt"], *x["completion"], *y["prompt"], *y["completion"]]}
+             for x, y in zip(records(5), records(7)[2:], strict=True)]  # fmt: skip
+    talk = write(tmp_path / "talk.jsonl", turns)
+    every = run(tmp_path / "every", model=teacher, data=talk)
+    made = run(tmp_path / "c", model=teacher, data=talk, assistant_only_loss=True)
+    assert 0 < made.manifest.states < every.manifest.states / 2
+    tokenizer = load_tokenizer(student)
+    live = TDTrainer(
+        load_model(student), str(teacher),
+        config(tmp_path, assistant_only_loss=True, max_length=64),
+        train_dataset=distill.load_data(str(talk), "train_file", tokenizer, 64),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    for ours, theirs in zip(made.dataset(), live.train_dataset, strict=True):
+        assert ours["input_ids"] == theirs["input_ids"]
+        learned = [x if y >= 0 else -100 for x, y in zip(*_columns(ours), strict=True)]
+        assert learned == theirs["labels"]
+    distill.run(
+        distilling(student, made, tmp_path / "out", "--assistant_only_loss", "true", "--train_file",
+              str(talk))
+    )  # fmt: skip
+    with pytest.raises(UserError, match="assistant_only_loss: expected False as in .*, got True;"):
+        cached_trainer(tmp_path, student, every, assistant_only_loss=True)
+    with pytest.raises(UserError, match="assistant_only_loss: expected True as in .*, got False"):
+        cached_trainer(tmp_path, student, made)
+    with pytest.raises(
+        UserError, match="assistant-only-loss: The chat template is not training-co"
+    ):
+        run(tmp_path / "no", model=tiny_teacher, data=talk, assistant_only_loss=True)
+    cut = write(tmp_path / "cut.jsonl", [{**x, "truncated": True} for x in records(3)])
+    with pytest.raises(UserError, match="assistant-only-loss: expected chat messages that do not"):
+        run(tmp_path / "no", model=teacher, data=cut, assistant_only_loss=True)
+
+
+def test_a_model_is_hashed_whole(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "model.safetensors"
+    content = bytearray(2 * caches.PART + 5)
+    file.write_bytes(content)
+    parts = []
+    before = caches.folder_hash(tmp_path, parts.append)
+    assert sum(parts) == len(content) + 2
+    for place in (0, len(content) // 3, len(content) - 1):
+        content[place] = 1
+        file.write_bytes(content)
+        after = caches.folder_hash(tmp_path)
+        assert after != before
+        before = after
+
+
+def test_checksums_may_be_left_out(made, tmp_path, tiny_student, monkeypatch):
+    read = []
+    file_hash = caches.file_hash
+    monkeypatch.setattr(caches, "file_hash", lambda path: read.append(path) or file_hash(path))
+    cached_trainer(tmp_path, tiny_student, made)
+    assert len(read) == 3
+    cached_trainer(tmp_path, tiny_student, made, teacher_cache_verify=False)
+    assert len(read) == 3
+
+
+def test_the_device_is_the_one_that_was_asked_for(tmp_path, tiny_teacher, data, monkeypatch):
+    """TRL's configuration, which prepares the data, has a device of its own."""
+    loaded = []
+
+    def load(path, **options):
+        loaded.append(options["device"])
+        return load_model(path, **options)
+
+    monkeypatch.setattr(command, "load_model", load)
+    run(tmp_path / "c", model=tiny_teacher, data=data, device="cpu:0")
+    assert loaded == [torch.device("cpu:0")]
+
+
+def test_the_dtype_of_the_teacher(tmp_path, tiny_teacher, data):
+    half = tmp_path / "half"
+    shutil.copytree(tiny_teacher, half)
+    load_model(half, dtype=torch.bfloat16).save_pretrained(half)
+    assert load_model(half, dtype=command._dtype("auto", torch.device("cuda"))).dtype == (
+        torch.bfloat16
+    )
+    for name, dtype in (("auto", "float32"), ("bfloat16", "bfloat16")):
+        made = run(tmp_path / name, model=half, data=data, model_dtype=name)
+        assert made.manifest.model_dtype == dtype
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    """Nothing wraps: neither numbers of two bytes nor offsets of four."""
+    most = np.iinfo(np.uint16).max
+
+    def write_one(tokens, members, vocab_size):
+        states = Example(
+            np.array(tokens), np.array([False, True]), np.array([members]), np.arange(members),
+            np.full(members, -12.0, np.float32), np.zeros(1, np.float32),
+        )  # fmt: skip
+        return caches.write_shard(
+            tmp_path, 0, [states], vocab_size=vocab_size, dtype="float16", tail=True
+        )
+
+    with pytest.raises(UserError, match="count: expected numbers of at most 65535, got 65536"):
+        write_one([1, 2], most + 1, 70_000)
+    with pytest.raises(UserError, match="input_ids: expected numbers of at most 65535, got 70000"):
+        write_one([1, 70_000], 3, 300)
+    write_one([1, 2], most, 70_000)
+    schema = pa.ipc.open_stream(tmp_path / "sets-00000.arrow").schema
+    assert schema.field("ids").type == pa.large_list(pa.uint32())
+    assert schema.field("log_probs").type == pa.large_list(pa.float16())
+
+    class Long:
+        def __len__(self):
+            return 2**30
+
+    with pytest.raises(UserError, match="shard-examples: expected at most 2147483647 mask in a fi"):
+        caches._lists("mask", [Long(), Long()], pa.bool_())
+
+
 def test_options_are_refused_by_name(tmp_path, tiny_teacher, data, capsys):
     for flags, words in {
         ("--action-top-k", "0"): "action-top-k: expected a number >= 1, got 0",
@@ -456,6 +771,9 @@ def test_options_are_refused_by_name(tmp_path, tiny_teacher, data, capsys):
         ("--model-dtype", "int8"): "model-dtype: expected one of",
         ("--max-length", "2"): "data: expected an example whose response begins within 2 tokens",
         ("--served", "x"): "served: expected neither --model nor --data",
+        ("--action-top-k", "65536"): "action-top-k: expected at most the 65535 members",
+        ("--vocab-size", "0"): "vocab-size: expected a number >= 1, got 0",
+        ("--tokenizer", "x"): "tokenizer: expected it beside --served alone, got x",
     }.items():
         sys.argv = [
             "tdkd", "cache", "--model", str(tiny_teacher), "--data", str(data), "--output",

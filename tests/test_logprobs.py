@@ -2,16 +2,17 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from tdkd import logprobs, ops, records
-from tdkd.cache import Cache
+from tdkd.cache import Cache, template_hash
 from tdkd.cli import cache as command
 from tdkd.errors import UserError
-from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer
+from tdkd.models import eos_beside, last_hidden_state, lm_head, load_model, load_tokenizer
 
 K, P = 4, 0.95
 ANSWER = "the tin"
@@ -61,10 +62,11 @@ def completion(served, name, finish="stop"):
     return {"model": "big", "choices": [{"finish_reason": finish, "logprobs": columns}]}
 
 
-def read(tmp_path, tokenizer, *lines, k=K, top_p=P, max_length=100):
+def read(tmp_path, tokenizer, *lines, k=K, top_p=P, max_length=100, **options):
     path = tmp_path / "served.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return list(logprobs.read(path, tokenizer, k=k, top_p=top_p, max_length=max_length))
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("".join(text + "\n" for text in texts))
+    return list(logprobs.read(path, tokenizer, k=k, top_p=top_p, max_length=max_length, **options))
 
 
 def by_id(token):
@@ -122,18 +124,231 @@ def test_the_end_of_a_finished_answer_is_certain(tmp_path, tokenizer, served):
     assert told.log_probs[-2:].tolist() == [-0.5, -1.5]
 
 
-def test_a_cache_of_a_served_teacher(tmp_path, tiny_teacher, tokenizer, served):
+def test_an_end_is_added_where_the_model_ended_alone(tmp_path, tokenizer, served):
+    """Not after a stop string, and not after another token that ends answers."""
+    eos = tokenizer.eos_token_id
+    line = {"prompt": "hello", **chat(served, by_id)}
+
+    def last(taken, **choice):
+        own = {**served, "taken": taken}
+        own |= {name: served[name][: len(taken)] for name in ("own", "top")}
+        ended = {"prompt": "hello", **chat(own, by_id)}
+        ended["choices"][0].update(choice)
+        (example,) = read(tmp_path, tokenizer, ended, eos=[0])
+        return example.input_ids.tolist()[len(served["prompt"]) :]
+
+    some = served["taken"][:2]
+    assert last(some) == [*some, eos]
+    assert last(some, stop_reason=None) == [*some, eos]
+    assert last(some, stop_reason="\n\n") == some
+    assert last(some, stop_reason=7) == some
+    assert last([*some, 0]) == [*some, 0]
+    assert last([*some, 0], stop_reason=0) == [*some, 0]
+    assert len(read(tmp_path, tokenizer, line)[0].count) == len(served["taken"]) + 1
+
+
+def test_every_choice_is_an_answer(tmp_path, tokenizer, served):
+    line = {"prompt": "hello", **chat(served, by_id)}
+    short = {**served, "taken": served["taken"][:3], "own": served["own"][:3]}
+    line["choices"] += chat({**short, "top": served["top"][:3]}, by_id, "length")["choices"]
+    long, cut = read(tmp_path, tokenizer, line)
+    assert long.input_ids.tolist()[:-5] == cut.input_ids.tolist()
+    assert len(cut.count) == 3
+
+
+@pytest.mark.parametrize("unknown", [-math.inf, -9999.0, None])
+def test_tokens_without_a_log_probability_are_not_learned(tmp_path, tokenizer, served, unknown):
+    """What a server does not tell is no probability: not of the taken token, nor of another."""
+    odd = {**served, "own": list(served["own"]), "top": [list(top) for top in served["top"]]}
+    odd["top"][1] = [odd["top"][1][0], (5, -9999.0), (6, -math.inf)]
+    odd["own"][2] = unknown
+    left = logprobs.Left()
+    line = {"prompt": "hello", **completion(odd, by_id, "length")}
+    line["prompt"] = tokenizer.decode(served["prompt"])
+    (example,) = read(tmp_path, tokenizer, line, left=left)
+    start = len(served["prompt"])
+    assert example.input_ids.tolist() == served["prompt"] + served["taken"]
+    learned = example.mask.tolist()[start:]
+    assert learned == [i != 2 for i in range(len(served["taken"]))]
+    assert len(example.count) == len(example.log_tail) == sum(learned)
+    assert np.isfinite(example.log_probs).all()
+    assert example.log_probs.min() > -100
+    assert (left.answers, left.states) == (0, 1)
+    assert "1 states left out" in str(left)
+    line["choices"][0]["logprobs"]["token_logprobs"] = [-9999.0] * len(served["taken"])
+    with pytest.raises(UserError, match="a log-probability of a taken token, on line 1 of"):
+        read(tmp_path, tokenizer, line)
+
+
+def test_a_prompt_of_another_length_is_another_prompt(tmp_path, tokenizer, served):
+    line = {"prompt": "hello", **chat(served, by_id)}
+    line["usage"] = {"prompt_tokens": len(served["prompt"])}
+    read(tmp_path, tokenizer, line)
+    line["usage"] = {"prompt_tokens": len(served["prompt"]) + 3}
+    words = f"the {len(served['prompt'])} tokens of .*chat template.*on line 1 of .*got usage"
+    with pytest.raises(UserError, match=words):
+        read(tmp_path, tokenizer, line)
+
+
+def test_lines_that_cannot_be_used_are_left_out(tmp_path, tokenizer, served):
+    good = {"prompt": "hello", **chat(served, by_id)}
+    left = logprobs.Left()
+    lines = [
+        {"prompt": "hello", "response": None, "error": {"code": "timeout"}},
+        good,
+        '{"prompt": "torn',
+        {"prompt": [{"role": 1}], **chat(served, by_id)},
+        good,
+    ]
+    assert len(read(tmp_path, tokenizer, *lines, left=left)) == 2
+    assert left.answers == 3
+    assert "expected choices with logprobs of tokens on line 1 of" in str(left)
+    assert str(left).startswith("3 answers left out, the first since served: expected")
+    assert logprobs.model_name(tmp_path / "served.jsonl") == "big"
+    with pytest.raises(UserError, match=r"expected JSON on line 1 of .*; no answer of the file"):
+        read(tmp_path, tokenizer, lines[2], lines[0])
+    with pytest.raises(UserError, match="served: expected at least one answer in .*, got none"):
+        read(tmp_path, tokenizer)
+
+
+ASKED = [{"role": "user", "content": "hello"}]
+TOLD = [{"role": "assistant", "content": ANSWER}]
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_teacher, tokenizer):
+    """The tokens of a prompt with an answer, where that begins, and all log-probabilities."""
+    text = tokenizer.apply_chat_template(ASKED + TOLD, tokenize=False)
+    whole = tokenizer(text, add_special_tokens=False).input_ids
+    model = load_model(str(tiny_teacher))
+    ids = torch.tensor([whole])
+    with torch.inference_mode():
+        hidden = last_hidden_state(model, input_ids=ids, attention_mask=torch.ones_like(ids))
+        log_p = lm_head(model).logits(hidden[0]).double().log_softmax(-1)
+    return whole, len(records.prompt_ids("hello", tokenizer)), log_p
+
+
+def told(scored, name):
+    """For each token: itself first, and the 20 likeliest."""
+    whole, _, log_p = scored
+    found = [None]
+    for taken, row in zip(whole[1:], log_p, strict=False):
+        likely = {int(i): float(x) for x, i in zip(*row.topk(20), strict=True)}
+        found.append({name(i): float(row[i]) for i in [taken, *likely]})
+    return found
+
+
+def of_vllm(scored, *, chat_form):
+    listed = [
+        position and {str(i): {"logprob": x, "rank": 1, "decoded_token": "?"}
+                      for i, x in position.items()}
+        for position in told(scored, int)
+    ]  # fmt: skip
+    choice = {"finish_reason": "length", "logprobs": None}
+    body = {"choices": [choice, dict(choice)], "usage": {"prompt_tokens": len(scored[0])}}
+    (body if chat_form else choice)["prompt_logprobs"] = listed
+    return body
+
+
+def of_echo(scored, name, extra=1):
+    """With a token more, where the server has to write one."""
+    whole, tops = scored[0], told(scored, name)
+    columns = {
+        "tokens": [name(i) for i in whole] + [name(70)] * extra,
+        "token_logprobs": [top and top[name(i)] for i, top in zip(whole, tops, strict=True)],
+        "top_logprobs": tops + [{name(70): -0.1}] * extra,
+    }
+    columns["token_logprobs"] += [-0.1] * extra
+    choice = {"finish_reason": "length", "logprobs": columns}
+    return {"choices": [choice], "usage": {"prompt_tokens": len(whole)}}
+
+
+@pytest.mark.parametrize("form", ["chat", "completion", "echo", "echo by text", "texts"])
+def test_answers_that_were_there_before(tmp_path, tokenizer, scored, form):
+    """Sets of the teacher at the tokens of the answer, its end included."""
+    whole, start, log_p = scored
+    line = {"prompt": ASKED, "completion": TOLD}
+    if form in ("chat", "completion"):
+        line |= of_vllm(scored, chat_form=form == "chat")
+    else:
+        name = (lambda i: tokenizer.decode([i])) if form == "echo by text" else by_id
+        line |= of_echo(scored, name, extra=form != "texts")
+    if form == "texts":
+        line["prompt"], line["completion"] = (
+            tokenizer.decode(part) for part in (whole[:start], whole[start:])
+        )
+    (example,) = read(tmp_path, tokenizer, line)
+    assert example.input_ids.tolist() == whole
+    assert tokenizer.eos_token_id in example.input_ids[start:]
+    assert example.mask.tolist() == [i >= start for i in range(len(whole))]
+    if form == "echo by text":
+        return
+    wanted = ops.select_actions(
+        log_p[start - 1 : -1], K, P, include=torch.tensor(whole[start:]), impl="reference"
+    )
+    assert example.ids.tolist() == wanted.ids[wanted.valid].tolist()
+    np.testing.assert_allclose(example.log_probs, wanted.log_probs[wanted.valid], rtol=1e-5)
+
+
+def test_answers_of_another_tokenizer_or_template(tmp_path, tokenizer, scored):
+    whole = scored[0]
+    line = {"prompt": ASKED, "completion": TOLD, **of_vllm(scored, chat_form=True)}
+    other = json.loads(json.dumps(line))
+    other["usage"]["prompt_tokens"] += 1
+    with pytest.raises(
+        UserError, match=f"expected the {len(whole)} tokens of the tokenizer and it"
+    ):
+        read(tmp_path, tokenizer, other)
+    other = json.loads(json.dumps(line))
+    other["prompt_logprobs"].append(None)
+    with pytest.raises(UserError, match="expected prompt_logprobs of the tokens .*ValueError: "):
+        read(tmp_path, tokenizer, other)
+    other = json.loads(json.dumps(line))
+    del other["prompt_logprobs"][-1][str(whole[-1])]
+    with pytest.raises(UserError, match="expected prompt_logprobs of the tokens .*KeyError: "):
+        read(tmp_path, tokenizer, other)
+    echo = {"prompt": ASKED, "completion": TOLD, **of_echo(scored, by_id)}
+    echo["choices"][0]["logprobs"]["tokens"][1] = by_id(9)
+    with pytest.raises(UserError, match=f"expected the {len(whole)} tokens that the tokenizer and"):
+        read(tmp_path, tokenizer, echo)
+    with pytest.raises(UserError, match="prompt and completion as strings or chat messages"):
+        read(tmp_path, tokenizer, {**line, "completion": 3})
+
+
+def test_an_echo_is_cut_off(tmp_path, tokenizer, served, scored):
+    """A prompt that comes back before a new answer."""
+    asked = tokenizer.decode(served["prompt"])
+    line = {"prompt": asked, **completion(served, by_id, "length")}
+    (plain,) = read(tmp_path, tokenizer, line)
+    columns = line["choices"][0]["logprobs"]
+    size = len(served["prompt"])
+    columns["tokens"] = [*map(by_id, served["prompt"]), *columns["tokens"]]
+    columns["token_logprobs"] = [None, *[-1.0] * (size - 1), *columns["token_logprobs"]]
+    columns["top_logprobs"] = [None, *[{by_id(7): -1.0}] * (size - 1), *columns["top_logprobs"]]
+    (echoed,) = read(tmp_path, tokenizer, line)
+    for a, b in zip(plain, echoed, strict=True):
+        assert a.tolist() == b.tolist()
+
+
+def test_a_cache_of_a_served_teacher(tmp_path, tiny_teacher, tokenizer, served, capsys):
     path = tmp_path / "served.jsonl"
-    path.write_text(json.dumps({"prompt": "hello", **chat(served, by_id)}) + "\n")
+    path.write_text(json.dumps({"prompt": "hello", **chat(served, by_id)}) + "\n{}\n")
     options = {
         "model": None, "data": None, "served": str(path), "tokenizer": str(tiny_teacher),
         "output": str(tmp_path / "c"), "action_top_k": K, "action_top_p": P,
         "teacher_temperature": 1.0, "max_length": 100, "tail": True, "log_probs": "float16",
-        "model_dtype": "float32", "batch_size": 1, "shard_examples": 1, "device": "cpu",
+        "model_dtype": "auto", "vocab_size": None, "assistant_only_loss": False, "batch_size": 1,
+        "shard_examples": 1, "device": "cpu",
     }  # fmt: skip
     command.run(**options)
     made = Cache(tmp_path / "c")
+    assert "1 answers left out, the first since served: expected cho" in capsys.readouterr().err
     assert made.manifest.teacher == {"name": "big", "sha256": None}
+    assert made.manifest.chat_template == template_hash(tokenizer)
+    # nobody knows the columns of its head: the student's 264 hold the tokenizer's 259
+    made.check_vocabulary(264, "model")
+    with pytest.raises(UserError, match="model: expected the 259 columns"):
+        made.check_vocabulary(258, "model")
     made.check_tokenizer(tokenizer, "tokenizer")
     example = made.dataset()[0]
     assert example["input_ids"][-1] == tokenizer.eos_token_id
@@ -145,12 +360,25 @@ def test_a_cache_of_a_served_teacher(tmp_path, tiny_teacher, tokenizer, served):
         command.run(**{**options, "teacher_temperature": 2.0})
     with pytest.raises(UserError, match="tokenizer: expected the directory of the student's"):
         command.run(**{**options, "tokenizer": None})
+    for option in ({"vocab_size": 264}, {"assistant_only_loss": True}):
+        with pytest.raises(UserError, match="served: expected neither --vocab-size nor --assist"):
+            command.run(**{**options, **option})
+
+
+def test_ends_beside_a_tokenizer(tmp_path, tiny_teacher, tiny_tokenizer, tokenizer):
+    """Those of a generation config, if there is one."""
+    assert eos_beside(tiny_tokenizer, tokenizer) == [2]
+    shutil.copytree(tiny_teacher, tmp_path / "t")
+    config = json.loads((tmp_path / "t" / "generation_config.json").read_text())
+    config["eos_token_id"] = [0, 2]
+    (tmp_path / "t" / "generation_config.json").write_text(json.dumps(config))
+    assert eos_beside(tmp_path / "t", tokenizer) == [0, 2]
 
 
 def test_lines_that_cannot_be_read_are_named(tmp_path, tokenizer, served):
     good = {"prompt": "hello", **chat(served, by_id)}
-    with pytest.raises(UserError, match=r"served: expected choices with logprobs .* on line 2 of"):
-        read(tmp_path, tokenizer, good, {"prompt": "hello", "choices": []})
+    with pytest.raises(UserError, match=r"served: expected choices with logprobs .* on line 1 of"):
+        read(tmp_path, tokenizer, {"prompt": "hello", "choices": []})
     with pytest.raises(
         UserError, match=r"expected a prompt or messages on line 1 of .*got choices"
     ):

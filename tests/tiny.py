@@ -33,13 +33,13 @@ def save_tokenizer(path):
     return path
 
 
-def save_llama(path, tokenizer_path, *, layers, seed):
+def save_llama(path, tokenizer_path, *, layers, seed, vocab_size=264):
     """A random Llama."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=264,
+        vocab_size=vocab_size,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=layers,

@@ -91,8 +91,18 @@ def _cache(
     tail: Annotated[bool, typer.Option(help="keep the mass outside each set")] = True,
     log_probs: Annotated[str, typer.Option(help="float16, or bfloat16")] = "float16",
     model_dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16: the teacher's weights")
-    ] = "float32",
+        str,
+        typer.Option(
+            help="the teacher's weights: float32, bfloat16, float16, or auto: the checkpoint's own "
+            "on a GPU, float32 on a CPU"
+        ),
+    ] = "auto",
+    vocab_size: Annotated[
+        int | None, typer.Option(help="columns at and above it are padding, of teacher or student")
+    ] = None,
+    assistant_only_loss: Annotated[
+        bool, typer.Option("--assistant-only-loss", help="of messages, what the assistant says")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="sequences at a time")] = 16,
     shard_examples: Annotated[int, typer.Option(help="examples of a file")] = 1024,
     device: Annotated[
@@ -123,6 +133,8 @@ def _cache(
         tail=tail,
         log_probs=log_probs,
         model_dtype=model_dtype,
+        vocab_size=vocab_size,
+        assistant_only_loss=assistant_only_loss,
         batch_size=batch_size,
         shard_examples=shard_examples,
         device=device,

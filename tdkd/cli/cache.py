@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -15,16 +15,25 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
 
 from tdkd import cache, logprobs, ops, records
 from tdkd.cli.console import console, progress_bar
-from tdkd.cli.distill import load_data
+from tdkd.cli.distill import is_chat, prepared
 from tdkd.errors import UserError
-from tdkd.models import Head, check_device, last_hidden_state, lm_head, load_model, load_tokenizer
+from tdkd.models import (
+    Head,
+    check_device,
+    eos_beside,
+    last_hidden_state,
+    lm_head,
+    load_model,
+    load_tokenizer,
+)
 
 SETTINGS = "settings.json"
 """What a cache that is not finished was begun with."""
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the slowest of them."""
 
 
 def run(
@@ -41,18 +50,30 @@ def run(
     tail: bool,
     log_probs: str,
     model_dtype: str,
+    vocab_size: int | None,
+    assistant_only_loss: bool,
     batch_size: int,
     shard_examples: int,
     device: str | None,
-) -> None:
-    """The command; every argument is an option of ``tdkd cache``."""
+) -> float:
+    """The command; every argument is an option of ``tdkd cache``.
+
+    Returns:
+        Seconds that this process had the teacher read and write.
+    """
     records.check_at_least(
         1,
         action_top_k=action_top_k,
         max_length=max_length,
         batch_size=batch_size,
         shard_examples=shard_examples,
+        vocab_size=vocab_size,
     )
+    if action_top_k > cache.MOST_MEMBERS:
+        raise UserError(
+            f"action-top-k: expected at most the {cache.MOST_MEMBERS} members that a cache can "
+            f"count, got {action_top_k}"
+        )
     if not 0 < action_top_p <= 1:
         raise UserError(f"action-top-p: expected a number in (0, 1], got {action_top_p}")
     if not teacher_temperature > 0:
@@ -66,6 +87,7 @@ def run(
         "max_length": max_length,
         "dtype": log_probs,
         "tail": tail,
+        "assistant_only_loss": assistant_only_loss,
     }
     folder = Path(output)
     if served is not None:
@@ -78,50 +100,75 @@ def run(
                 "teacher-temperature: expected 1 beside --served, whose log-probabilities are what "
                 f"they are, got {teacher_temperature}"
             )
-        student = load_tokenizer(tokenizer, chat=True)
-        _of_a_server(Path(served), student, folder, shared, shard_examples)
-        return
+        if vocab_size is not None or assistant_only_loss:
+            raise UserError(
+                "served: expected neither --vocab-size nor --assistant-only-loss beside it, got one"
+            )
+        _of_a_server(Path(served), tokenizer, folder, shared, shard_examples)
+        return 0.0
+    if tokenizer is not None:
+        raise UserError(
+            f"tokenizer: expected it beside --served alone, got {tokenizer}; a model has its own"
+        )
     if model is None or data is None:
         raise UserError("model: expected --model and --data, or --served, got neither")
     processes = _processes(device)
-    teacher_tokenizer = load_tokenizer(model)
-    prepared = _examples(data, teacher_tokenizer, max_length)
-    teacher = load_model(
-        model, dtype=_dtype(model_dtype), device=processes.device, argument="model"
+    dtype = _dtype(model_dtype, processes.device)
+    own = load_tokenizer(model)
+    examples = prepared(
+        data, "data", own, max_length=max_length, assistant_only_loss=assistant_only_loss
     )
+    teacher = load_model(model, dtype=dtype, device=processes.device, argument="model")
     head = lm_head(teacher)
+    columns = head.weight.shape[0]
+    if vocab_size is not None and vocab_size > columns:
+        raise UserError(
+            f"vocab-size: expected at most the {columns} columns of the teacher, got {vocab_size}"
+        )
     settings = {
         **shared,
-        "teacher": {"name": Path(model).name, "sha256": cache.folder_hash(Path(model))},
-        "tokenizer": cache.tokenizer_hash(teacher_tokenizer),
-        "data": _data(Path(data)),
-        "vocab_size": head.weight.shape[0],
+        "model_dtype": str(teacher.dtype).removeprefix("torch."),
+        "vocab_size": columns if vocab_size is None else vocab_size,
     }
-    begun = {**settings, "shard_examples": shard_examples}
     if processes.is_main_process:
-        _begin(folder, begun)
+        _, first = next(records.lines(data, "data"))
+        settings |= {
+            "teacher": {"name": Path(model).name, "sha256": _checksum(Path(model))},
+            "tokenizer": cache.tokenizer_hash(own),
+            "chat_template": cache.template_hash(own) if is_chat(first) else None,
+            "data": _data(Path(data)),
+            "tokens_sha256": cache.tokens_hash(examples),
+        }
+        _begin(folder, {**settings, "shard_examples": shard_examples})
     processes.wait_for_everyone()
-    made = _Sets(teacher, head, teacher_tokenizer, settings, batch_size)
-    starts = range(0, len(prepared), shard_examples)
+    sets_of = _Sets(teacher, head, own, settings, batch_size)
+    starts = range(0, len(examples), shard_examples)
     mine = list(enumerate(starts))[processes.process_index :: processes.num_processes]
-    began, states = time.perf_counter(), 0
+    began, states, tokens = time.perf_counter(), 0, 0
     with progress_bar() as progress:
-        task = progress.add_task("examples", total=len(prepared))
+        task = progress.add_task("examples", total=len(examples))
         for number, start in mine:
-            chosen = range(start, min(start + shard_examples, len(prepared)))
+            chosen = range(start, min(start + shard_examples, len(examples)))
             if cache.finished(folder, number):
                 progress.update(task, advance=len(chosen))
                 continue
-            examples = made(
-                prepared.select(chosen), lambda size: progress.update(task, advance=size)
+            made = sets_of(
+                examples.select(chosen), lambda size: progress.update(task, advance=size)
             )
-            told = _write(folder, number, examples, settings)
+            told = _write(folder, number, made, settings)
             states += told["states"]
+            tokens += told["tokens"]
     seconds = time.perf_counter() - began
     processes.wait_for_everyone()
     if processes.is_main_process:
-        rate = f", {states / seconds:,.0f} states a second in this process" if states else ""
+        rate = ""
+        if states:
+            rate = (
+                f"; in this process {states / seconds:,.0f} states and {tokens / seconds:,.0f} "
+                "tokens a second"
+            )
         _finish(folder, len(starts), settings, rate)
+    return seconds
 
 
 def verify(path: str) -> None:
@@ -146,6 +193,7 @@ class _Sets:
             "k": settings["action_top_k"],
             "top_p": settings["action_top_p"],
             "temperature": settings["teacher_temperature"],
+            "vocab_size": settings["vocab_size"],
             "bias": head.bias,
             "softcap": head.softcap,
             "logit_scale": head.logit_scale,
@@ -168,6 +216,12 @@ class _Sets:
             pad_sequence([row[i] for row in rows], batch_first=True, padding_value=value)
             for i, value in enumerate((self.pad, -100))
         )
+        most, columns = int(ids.max()), self.options["vocab_size"]
+        if most >= columns:
+            raise UserError(
+                f"vocab-size: expected more than {most}, the largest token of the data, got "
+                f"{columns}"
+            )
         sizes = torch.tensor([len(row) for row, _ in rows])
         mask = torch.arange(ids.shape[1]) < sizes[:, None]
         keep = labels != -100
@@ -201,53 +255,38 @@ class _Sets:
             )
 
 
-def _examples(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """``input_ids`` and ``labels`` as TRL's trainer would make them of the file."""
-    config = SFTConfig(
-        max_length=max_length, shuffle_dataset=False, report_to="none", bf16=False, use_cpu=True
-    )
-    loaded = load_data(path, "data", tokenizer, config.max_length)
-    columns = set(loaded.column_names)
-    trainer = SimpleNamespace(
-        _tokenizer=tokenizer,
-        chat_template=None,
-        completion_only_loss={"prompt", "completion"} <= columns,
-    )
-    prepared = SFTTrainer._prepare_dataset(
-        trainer, loaded, tokenizer, config, packing=False, formatting_func=None, dataset_name="data"
-    )
-    if not len(prepared):
-        raise UserError(
-            f"data: expected an example whose response begins within {max_length} tokens, got none"
-        )
-    return prepared
-
-
 def _of_a_server(
     path: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    directory: str,
     folder: Path,
     shared: dict[str, Any],
     shard_examples: int,
 ) -> None:
     """A cache of the log-probabilities that a serving engine returned."""
+    tokenizer = load_tokenizer(directory, argument="tokenizer", chat=True)
     settings = {
         **shared,
+        "model_dtype": None,
+        "vocab_size": len(tokenizer),
         "teacher": {"name": logprobs.model_name(path), "sha256": None},
         "tokenizer": cache.tokenizer_hash(tokenizer),
+        "chat_template": cache.template_hash(tokenizer),
         "data": _data(path),
-        "vocab_size": len(tokenizer),
+        "tokens_sha256": None,
     }
     _begin(folder, {**settings, "shard_examples": shard_examples})
+    left = logprobs.Left()
     examples = logprobs.read(
         path, tokenizer, k=shared["action_top_k"], top_p=shared["action_top_p"],
-        max_length=shared["max_length"],
+        max_length=shared["max_length"], eos=eos_beside(directory, tokenizer), left=left,
     )  # fmt: skip
     number = 0
     while part := list(islice(examples, shard_examples)):
         _write(folder, number, part, settings)
         number += 1
     _finish(folder, number, settings, "")
+    if left.answers or left.states:
+        console.print(f"{path}: {left}", markup=False, soft_wrap=True)
 
 
 def _write(
@@ -289,6 +328,14 @@ def _tell(made: cache.Cache, rate: str) -> None:
     )
 
 
+def _checksum(model: Path) -> str:
+    """That of a model's files; large ones take minutes."""
+    total = sum(path.stat().st_size for path in cache.model_files(model))
+    with progress_bar() as progress:
+        task = progress.add_task("bytes of the teacher's checksum", total=total)
+        return cache.folder_hash(model, lambda size: progress.update(task, advance=size))
+
+
 def _data(path: Path) -> dict[str, str]:
     return {"name": path.name, "sha256": cache.file_hash(path)}
 
@@ -296,16 +343,22 @@ def _data(path: Path) -> dict[str, str]:
 def _processes(device: str | None) -> PartialState:
     """This process among those that `accelerate launch` started, each with its own device."""
     if device is None:
-        return PartialState()
+        return PartialState(timeout=PATIENCE)
     check_device(device)
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
     if state.num_processes == 1:
         state.device = torch.device(device)
     return state
 
 
-def _dtype(name: str) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+def _dtype(name: str, device: torch.device) -> torch.dtype | Literal["auto"]:
+    """``auto`` is the checkpoint's own, but float32 on a CPU, where halves are no faster."""
+    known: dict[str, torch.dtype | Literal["auto"]] = {
+        "auto": torch.float32 if device.type == "cpu" else "auto",
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
     if name not in known:
         raise UserError(f"model-dtype: expected one of {', '.join(known)}, got {name!r}")
     return known[name]

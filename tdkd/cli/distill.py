@@ -6,13 +6,15 @@ import importlib.util
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import yaml
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from tdkd import checkpoints, curves, records
 from tdkd.cache import Cache
@@ -33,6 +35,12 @@ class DataConfig:
     resume: bool = field(
         default=True, metadata={"help": "Go on from the last checkpoint in output_dir."}
     )
+
+
+class SameTokens(TDTrainer):
+    """On a cache whose tokens are those that the student's chat template makes of the data."""
+
+    _templates_must_agree = False
 
 
 class Parser(TrlParser):
@@ -61,6 +69,7 @@ def run(args: list[str]) -> None:
         checkpoints.check(last, checkpoints.NEEDED if _alone(config) else [checkpoints.STATE])
     tokenizer = load_tokenizer(model.model_name_or_path, argument="model_name_or_path")
     train = held_out = None
+    kind = TDTrainer
     if config.teacher == "cache":
         if data.eval_file is not None:
             raise UserError(
@@ -69,9 +78,21 @@ def run(args: list[str]) -> None:
             )
         if data.train_file is not None:
             records.check_file(data.train_file, "train_file")
-            Cache(config.teacher_cache or "", verify=False).check_data(
-                data.train_file, "train_file"
-            )
+            sets = Cache(config.teacher_cache or "", verify=False)
+            sets.check_data(data.train_file, "train_file")
+            # chat_template_path takes another template, which TRL reads later
+            if not sets.same_template(tokenizer) and config.chat_template_path is None:
+                sets.check_tokens(
+                    prepared(
+                        data.train_file,
+                        "train_file",
+                        tokenizer,
+                        max_length=sets.manifest.max_length,
+                        assistant_only_loss=sets.manifest.assistant_only_loss,
+                    ),
+                    "train_file",
+                )
+                kind = SameTokens
     else:
         if data.train_file is None:
             raise UserError("train_file: expected a JSONL file, got none")
@@ -82,7 +103,7 @@ def run(args: list[str]) -> None:
     config.prediction_loss_only = True
 
     with shown_log() if config.process_index == 0 else nullcontext():
-        trainer = TDTrainer(
+        trainer = kind(
             load_model(model.model_name_or_path, argument="model_name_or_path"),
             args=config,
             train_dataset=train,
@@ -201,8 +222,7 @@ def load_data(
         raise UserError(f"{argument}: expected JSONL records in {path}, got {cause}") from error
     columns = set(loaded.column_names)
     sample: dict[str, Any] = loaded[0]
-    conversational = "messages" in columns or isinstance(sample.get("prompt"), list)
-    if conversational and not tokenizer.chat_template:
+    if is_chat(sample) and not tokenizer.chat_template:
         raise UserError(
             f"model_name_or_path: expected a tokenizer with a chat template for the conversations "
             f"in {path}, got none"
@@ -222,3 +242,62 @@ def load_data(
         return {"input_ids": ids, "labels": [-100] * len(encoded.prompt) + encoded.completion}
 
     return loaded.map(tokens, remove_columns=loaded.column_names, desc="Tokenising")
+
+
+def is_chat(record: dict[str, Any]) -> bool:
+    """Whether a chat template writes a record."""
+    return "messages" in record or isinstance(record.get("prompt"), list)
+
+
+def prepared(
+    path: str,
+    argument: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    assistant_only_loss: bool = False,
+) -> Dataset:
+    """``input_ids`` and ``labels`` as TRL's trainer would make them of a file.
+
+    Raises:
+        UserError: the file has nothing to learn from, or the chat template does not tell what the
+            assistant says.
+    """
+    config = SFTConfig(
+        max_length=max_length,
+        assistant_only_loss=assistant_only_loss,
+        shuffle_dataset=False,
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        # or this configuration would make the CPU the device of the process
+        accelerator_config={"use_configured_state": True},
+    )
+    loaded = load_data(path, argument, tokenizer, max_length)
+    template = None
+    if assistant_only_loss:
+        if not is_chat(loaded[0]):
+            raise UserError(
+                "assistant-only-loss: expected chat messages that do not say truncated, got "
+                f"{path} with {', '.join(sorted(loaded.column_names))}"
+            )
+        if not has_generation_markers(tokenizer.chat_template):
+            try:
+                template = get_training_chat_template(tokenizer)
+            except ValueError as error:
+                raise UserError(f"assistant-only-loss: {error}") from error
+    trainer = SimpleNamespace(
+        _tokenizer=tokenizer,
+        chat_template=template,
+        completion_only_loss={"prompt", "completion"} <= set(loaded.column_names),
+    )
+    made = SFTTrainer._prepare_dataset(
+        trainer, loaded, tokenizer, config, packing=False, formatting_func=None,
+        dataset_name=argument,
+    )  # fmt: skip
+    if not len(made):
+        raise UserError(
+            f"{argument}: expected an example whose response begins within {max_length} tokens, "
+            "got none"
+        )
+    return made
