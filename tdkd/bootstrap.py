@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,17 @@ def _left_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: A
 
 def _not_missed(module: nn.Module, keys: Any) -> None:
     keys.missing_keys[:] = [key for key in keys.missing_keys if key.rpartition(".")[2] != NAME]
+
+
+@contextmanager
+def without_value_head(student: nn.Module) -> Iterator[None]:
+    """A student whose parameters are those of its architecture, for who copies them by name."""
+    vector = student._parameters.pop(NAME, None)
+    try:
+        yield
+    finally:
+        if vector is not None:
+            student.register_parameter(NAME, vector)
 
 
 def state_value(student: nn.Module, hidden: Tensor) -> Tensor | None:

@@ -13,12 +13,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tdkd.bootstrap import without_value_head
 from tdkd.errors import UserError, missing
 from tdkd.models import backbone, lm_head
 
@@ -32,6 +35,8 @@ except (ImportError, RuntimeError) as error:  # lazy modules raise the latter
 logger = logging.getLogger("tdkd")
 
 IGNORED = -100
+SHARED = 4098
+"""What all processes draw is drawn as if by this rank."""
 Batch = dict[str, Any]
 Tokens = list[int]
 
@@ -57,6 +62,23 @@ class Sampling:
     """Probability that a token is the teacher's."""
     vocab_size: int | None = None
     """Columns at and above it are padding."""
+    positions: int | None = None
+    """What a prompt and its answer may take together: there too an answer is cut."""
+
+    def room(self, prompt: Tokens) -> int:
+        """Tokens that the answer to a prompt may have.
+
+        Raises:
+            UserError: none.
+        """
+        if self.positions is None:
+            return self.max_completion_length
+        if len(prompt) >= self.positions:
+            raise UserError(
+                f"max_length: expected prompts of fewer tokens than the {self.positions} positions "
+                f"(max_position_embeddings) of student and teacher, got one of {len(prompt)}"
+            )
+        return min(self.max_completion_length, self.positions - len(prompt))
 
     def law(self, logits: Tensor) -> Tensor:
         """Probabilities ``[B, V]``, float32, from logits ``[B, columns]``, columns <= V or padding.
@@ -87,6 +109,14 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     # rounding may point beyond the last token with a probability, or between two
     possible = probs.gather(-1, token) > 0
     return torch.where(possible, token, probs.argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def positions(*models: nn.Module) -> int | None:
+    """How long a sequence may be for all of some models; None where none has a limit."""
+    configs = [model.config.get_text_config() for model in models]  # type: ignore[union-attr,operator]
+    limits = [getattr(config, "max_position_embeddings", None) for config in configs]
+    # XLNet calls "no limit" -1
+    return min((limit for limit in limits if limit is not None and limit > 0), default=None)
 
 
 class Stepwise:
@@ -126,10 +156,18 @@ class Sampler(LogitsProcessor):
     numbers from the global generator, which a resumed run would find elsewhere.
     """
 
-    def __init__(self, sampling: Sampling, uniform: Tensor, teacher: Stepwise | None) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        uniform: Tensor,
+        teacher: Stepwise | None,
+        prefilled: Callable[[], None],
+    ) -> None:
         self.sampling = sampling
         self.uniform = uniform
         self.teacher = teacher
+        self.prefilled = prefilled
+        """Called when the prompts have been seen."""
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -140,6 +178,8 @@ class Sampler(LogitsProcessor):
             width = max(probs.shape[-1], other.shape[-1])
             probs, other = (nn.functional.pad(p, (0, width - p.shape[-1])) for p in (probs, other))
             probs = torch.lerp(probs, other, self.sampling.teacher_mixture)
+        if self.step == 0:
+            self.prefilled()
         token = draw(probs, self.uniform[:, self.step])
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter_(-1, token.unsqueeze(-1), 0.0)
@@ -172,6 +212,8 @@ def sample(
     pad_token_id: int,
     generator: torch.Generator,
     teacher: nn.Module | None = None,
+    batch_size: int | None = None,
+    clock: Clock | None = None,
 ) -> list[Tokens]:
     """One answer to each prompt, from transformers' ``generate`` with its cache.
 
@@ -185,30 +227,62 @@ def sample(
         teacher: for ``sampling.teacher_mixture`` > 0: token by token the law is
             ``(1 - mixture) student + mixture teacher`` (MiniLLM, arXiv 2306.08543), each with the
             filters on.
+        batch_size: answers that are written at once, None for all. Memory of keys and values is
+            theirs; answers change no more than by the rounding of other paddings.
+        clock: counts under "prefill" until all of a batch of prompts have been seen.
     Returns:
         For each prompt its new tokens, with the EOS that ended them; one that was cut has none.
+    Raises:
+        UserError: a prompt leaves no room for an answer.
     """
     model: Any = student.get_base_model() if hasattr(student, "get_base_model") else student  # type: ignore[operator]
+    table = torch.rand(len(prompts), sampling.max_completion_length, generator=generator)
+    mixed = teacher if sampling.teacher_mixture else None
+    answers: dict[int, Tokens] = {}
+    for rows, room in _together(prompts, sampling, batch_size):
+        ids, mask = _padded([prompts[i] for i in rows], pad_token_id, model.device)
+        config = GenerationConfig(
+            max_new_tokens=room, do_sample=False, eos_token_id=eos, pad_token_id=pad_token_id
+        )
+        sampler = Sampler(
+            sampling,
+            table[rows].to(model.device),
+            None if mixed is None else Stepwise(mixed, mask),
+            (lambda: None) if clock is None else partial(clock.add, "prefill", clock.now()),
+        )
+        with generating(model, config):
+            out = model.generate(
+                ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([sampler]),
+            )
+        written = [_ended(row, eos) for row in out[:, ids.shape[1] :].tolist()]
+        answers.update(zip(rows, written, strict=True))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _together(
+    prompts: list[Tokens], sampling: Sampling, batch_size: int | None
+) -> Iterator[tuple[list[int], int]]:
+    """Which prompts are answered at once, and the room for their answers, which is the same."""
+    room = [sampling.room(prompt) for prompt in prompts]
+    # neighbours of one length waste no padding
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for here, group in groupby(order, key=room.__getitem__):
+        rows = list(group)
+        size = batch_size or len(rows)
+        for first in range(0, len(rows), size):
+            yield rows[first : first + size], here
+
+
+def _padded(prompts: list[Tokens], pad_token_id: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Ids and mask ``[B, T]``, padded on the left."""
     width = max(map(len, prompts))
     padding = [width - len(prompt) for prompt in prompts]
     ids = [[pad_token_id] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
     real = [[0] * n + [1] * (width - n) for n in padding]
-    mask = torch.tensor(real, device=model.device)
-    longest = sampling.max_completion_length
-    uniform = torch.rand(len(prompts), longest, generator=generator).to(model.device)
-    mixed = teacher if sampling.teacher_mixture else None
-    sampler = Sampler(sampling, uniform, None if mixed is None else Stepwise(mixed, mask))
-    config = GenerationConfig(
-        max_new_tokens=longest, do_sample=False, eos_token_id=eos, pad_token_id=pad_token_id
-    )
-    with generating(model, config):
-        out = model.generate(
-            torch.tensor(ids, device=model.device),
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([sampler]),
-        )
-    return [_ended(row, eos) for row in out[:, width:].tolist()]
+    return torch.tensor(ids, device=device), torch.tensor(real, device=device)
 
 
 def _ended(tokens: Tokens, eos: list[int]) -> Tokens:
@@ -219,8 +293,9 @@ def _ended(tokens: Tokens, eos: list[int]) -> Tokens:
 class VLLM:
     """Answers from vLLM in the training process, by TRL's integration.
 
-    The student's weights are pushed to it before each generation. Its randomness is its own: a run
-    that goes on from a checkpoint gets other answers than an unbroken one.
+    The student's weights are pushed to it before each generation, without its value head, which
+    changes no probability and has no place there. Its randomness is its own: a run that goes on
+    from a checkpoint gets other answers than an unbroken one.
 
     Args:
         student: TRL's trainer's model, PEFT or plain; vLLM starts from its ``name_or_path``.
@@ -229,6 +304,7 @@ class VLLM:
         sampling: the law; without a teacher in it.
         eos: tokens that end an answer.
         gpu_memory_utilization: share of the GPU's memory that vLLM takes.
+        batch_size: answers that it writes at once; None leaves it to vLLM.
     Raises:
         UserError: vLLM is not installed.
     """
@@ -242,8 +318,10 @@ class VLLM:
         *,
         eos: list[int],
         gpu_memory_utilization: float,
+        batch_size: int | None = None,
     ) -> None:
         self.eos = eos
+        self.student = student
         try:
             self.engine = vllm_generation.VLLMGeneration(
                 student,
@@ -251,6 +329,7 @@ class VLLM:
                 tokenizer,
                 mode="colocate",
                 gpu_memory_utilization=gpu_memory_utilization,
+                max_num_seqs=batch_size,
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
@@ -262,7 +341,8 @@ class VLLM:
 
     def __call__(self, prompts: list[Tokens], generator: torch.Generator) -> list[Tokens]:
         """One answer to each prompt, as :func:`sample` gives them; ``generator`` has no say."""
-        self.engine.sync_weights()
+        with without_value_head(self.student):
+            self.engine.sync_weights()
         _, completions, *_ = self.engine.generate(prompts, None, 1)
         return [_ended(list(completion), self.eos) for completion in completions]
 
@@ -323,7 +403,8 @@ class Rollouts:
         collate: makes a batch of ``{"input_ids", "labels"}`` of each sequence, as the data's are.
         lmbda: probability that a sequence becomes the student's own answer to its prompt.
         replay_size: answers that are kept.
-        replay_ratio: probability that a step takes its answers from those in place of new ones.
+        replay_ratio: probability that a step takes its answers from those in place of new ones, in
+            all processes or in none: one that writes answers keeps the others waiting.
         eos: tokens that end an answer.
         seed: of the run; ``rank`` of the process.
         total: adds a tensor up over the processes.
@@ -373,7 +454,7 @@ class Rollouts:
         """
         if step == 0:  # a run begins, perhaps not this trainer's first
             self.replay.answers.clear()
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 4099 + self.rank)
+        generator = self._generator(step, self.rank)
         given = [sequences(batch) for batch in batches]
         places = [
             (b, i)
@@ -383,8 +464,7 @@ class Rollouts:
         ]
         chosen = torch.rand(len(places), generator=generator) < self.lmbda
         places = [place for place, own in zip(places, chosen.tolist(), strict=True) if own]
-        again = torch.rand((), generator=generator).item() < self.replay_ratio
-        if again and self.replay.answers:
+        if self._again(step):
             answers = self.replay.sample(len(places), generator)
         else:
             prompts = [_prompt(*given[b][i]) for b, i in places]
@@ -413,6 +493,17 @@ class Rollouts:
             metrics["completions/mean_length"] = answered / answers_in_all
             metrics["completions/clipped_ratio"] = cut / answers_in_all
         return made, metrics
+
+    def _generator(self, step: int, of: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 4099 + of)
+
+    def _again(self, step: int) -> bool:
+        """Whether a step learns from kept answers. All processes say the same: they draw from one
+        generator, and one that holds none yet, as the new one of a larger run, speaks for all."""
+        shared = self._generator(step, SHARED)
+        if torch.rand((), generator=shared).item() >= self.replay_ratio:
+            return False
+        return not self.total(torch.tensor([int(not self.replay.answers)])).item()
 
     def _batch(self, given: list[tuple[Tokens, Tokens]], own: dict[int, Answer]) -> Batch:
         pairs = list(given)
@@ -445,13 +536,16 @@ class Rollouts:
         return f"replay_{self.rank}.pt"
 
 
-def check(args: Any, objective: Any, collator: Any, *, whole: bool) -> None:
+def check(
+    args: Any, objective: Any, collator: Any, teacher: nn.Module | None, *, whole: bool
+) -> None:
     """Refuses what answers of the student cannot be made or learned from with.
 
     Args:
         args: a :class:`tdkd.trainer.TDConfig` with ``lmbda`` > 0.
         objective: what is minimised; None for a plain warm start.
         collator: the trainer's.
+        teacher: the one that scores; None where the objective is.
         whole: whether each process holds all weights.
     Raises:
         UserError: naming what does not fit.
@@ -477,6 +571,20 @@ def check(args: Any, objective: Any, collator: Any, *, whole: bool) -> None:
             "lmbda: expected a number < 1 with lm_weight or with an objective that learns from the "
             f"data's own tokens, got 1 with lm_weight {args.lm_weight} and {objective!r}"
         )
+    if (args.generation_batch_size or 0) % args.world_size:
+        raise UserError(
+            f"generation_batch_size: expected a multiple of the {args.world_size} processes, got "
+            f"{args.generation_batch_size}"
+        )
+    if args.teacher_mixture and not _keeps_keys(teacher):
+        raise UserError(
+            "teacher_mixture: expected a teacher with past_key_values, to go on token by token, "
+            f"got {type(teacher).__name__}; set it to 0"
+        )
+
+
+def _keeps_keys(model: Any) -> bool:
+    return "past_key_values" in inspect.signature(backbone(model).forward).parameters
 
 
 def _prompt(ids: Tokens, labels: Tokens) -> Tokens:
@@ -504,9 +612,25 @@ class Clock:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Counts what happens inside for ``name``."""
-        start = self._now()
+        start = self.now()
         yield
-        self.spans.setdefault(name, []).append((start, self._now()))
+        self.add(name, start)
+
+    def expect(self, name: str) -> None:
+        """Names a part that may not happen: all processes must tell the same ones."""
+        self.spans.setdefault(name, [])
+
+    def now(self) -> Any:
+        """A moment."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, name: str, start: Any) -> None:
+        """Counts what has happened since ``start`` for ``name``."""
+        self.spans.setdefault(name, []).append((start, self.now()))
 
     def read(self) -> dict[str, float]:
         """Seconds a step of each part, since the last call."""
@@ -518,13 +642,6 @@ class Clock:
         if "learn" in seconds:  # the teacher scores within it
             seconds["learn"] -= seconds.get("score", 0.0)
         return seconds
-
-    def _now(self) -> Any:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def _between(self, start: Any, end: Any) -> float:
         if not self.on_gpu:

@@ -206,6 +206,13 @@ class TDConfig(SFTConfig):
         default=0.0,
         metadata={"help": "Probability that a token of an answer is drawn from the teacher."},
     )
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Answers that are written at once, over all processes (by default all of a "
+            "step): what bounds the memory of keys and values."
+        },
+    )
     use_vllm: bool = field(
         default=False,
         metadata={"help": "vLLM in the training process writes the answers (docs/teachers.md)."},
@@ -256,6 +263,10 @@ class TDConfig(SFTConfig):
             "top_k": (self.top_k >= 0, ">= 0"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "teacher_mixture": (0 <= self.teacher_mixture <= 1, "in [0, 1]"),
+            "generation_batch_size": (
+                self.generation_batch_size is None or self.generation_batch_size >= 1,
+                ">= 1",
+            ),
             "vllm_gpu_memory_utilization": (0 < self.vllm_gpu_memory_utilization <= 1, "in (0, 1]"),
             "replay_size": (self.replay_size >= 0, ">= 0"),
             "replay_ratio": (0 <= self.replay_ratio < 1, "in [0, 1)"),
@@ -288,9 +299,11 @@ class TDConfig(SFTConfig):
                 "replay_size: expected it together with replay_ratio, got "
                 f"{self.replay_size} and {self.replay_ratio}"
             )
-        if not self.lmbda and (self.teacher_mixture or self.replay_size or self.use_vllm):
+        online_alone = ("teacher_mixture", "replay_size", "use_vllm", "generation_batch_size")
+        if not self.lmbda and any(getattr(self, name) for name in online_alone):
             raise UserError(
-                "lmbda: expected a number > 0 with teacher_mixture, replay_size or use_vllm, got 0"
+                f"lmbda: expected a number > 0 with {', '.join(online_alone[:-1])} or "
+                f"{online_alone[-1]}, got 0"
             )
         if self.use_vllm and (self.teacher_mixture or self.vocab_size is not None):
             raise UserError(
@@ -448,7 +461,12 @@ class TDTrainer(SFTTrainer):
             self._go_online(args, student)
 
     def _go_online(self, args: TDConfig, student: nn.Module) -> None:
-        online.check(args, self.objective, self.data_collator, whole=self._whole)
+        teacher = None if self.teacher is None else self._unwrapped(self.teacher)
+        online.check(args, self.objective, self.data_collator, teacher, whole=self._whole)
+        assert teacher is not None
+        self._at_once: int | None = None
+        if args.generation_batch_size is not None:
+            self._at_once = args.generation_batch_size // args.world_size
         self._sampling = online.Sampling(
             args.max_completion_length,
             args.temperature,
@@ -456,6 +474,7 @@ class TDTrainer(SFTTrainer):
             args.top_p,
             args.teacher_mixture,
             args.vocab_size,
+            online.positions(student, teacher),
         )
         self._vllm: online.VLLM | None = None
         if args.use_vllm:
@@ -466,6 +485,7 @@ class TDTrainer(SFTTrainer):
                 self._sampling,
                 eos=self._eos,
                 gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+                batch_size=self._at_once,
             )
         self._rollouts = online.Rollouts(
             self.data_collator,
@@ -839,6 +859,8 @@ class TDTrainer(SFTTrainer):
         self._clock.steps += 1
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._rollouts is not None and batches:
+            if self._vllm is None:
+                self._clock.expect("prefill")
             with self._clock("generate"):
                 batches, metrics = self._rollouts(batches, self.state.global_step, self._answers)
             for name, value in metrics.items():
@@ -860,6 +882,8 @@ class TDTrainer(SFTTrainer):
                 pad_token_id=self.data_collator.pad_token_id,
                 generator=generator,
                 teacher=self._unwrapped(self.teacher),
+                batch_size=self._at_once,
+                clock=self._clock,
             )
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,10 @@ def test_a_checkpoint_that_is_being_written_is_seen(tmp_path):
 
 
 def test_results_know_the_clock_from_the_run(tmp_path):
-    log = [{"step": 1, "loss": 0.5}, {"train_runtime": 3.0, "train_steps_per_second": 2.0}]
+    log = [
+        {"step": 1, "loss": 0.5, "time/learn": 0.1},
+        {"train_runtime": 3.0, "train_steps_per_second": 2.0},
+    ]
     (tmp_path / "log.json").write_text(json.dumps(log))
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     first = kill._distilled(tmp_path)
@@ -58,3 +62,28 @@ def test_results_know_the_clock_from_the_run(tmp_path):
     assert first["files"] == ["log.json", "model.safetensors"]
     (tmp_path / "model.safetensors").write_bytes(b"other weights")
     assert kill.difference(kill._distilled(tmp_path), first).startswith("/weights/model")
+
+
+PAIR = kill.Job("pair", lambda out: [], lambda out: None, 2)
+FOR_EVER = "import os, sys, time; {}; time.sleep(600)"
+
+
+def test_two_processes_know_their_places_and_are_killed(tmp_path, monkeypatch):
+    saying = "open(os.environ['RANK'] + os.environ['WORLD_SIZE'], 'x')"
+    monkeypatch.setattr(kill, "COMMAND", FOR_EVER.format(saying))
+    monkeypatch.chdir(tmp_path)
+    run = kill.Run(PAIR, tmp_path, tmp_path / "log", fork=False)
+    while len(list(tmp_path.glob("[01]2"))) < 2:
+        assert not run.ended()
+        time.sleep(0.01)
+    assert run.kill(first=1, lag=0.01)
+    assert run.codes == [-9, -9]
+
+
+def test_a_process_that_fails_stops_the_other(tmp_path, monkeypatch):
+    failing = "os.environ['RANK'] == '1' and sys.exit(3)"
+    monkeypatch.setattr(kill, "COMMAND", FOR_EVER.format(failing))
+    run = kill.Run(PAIR, tmp_path, tmp_path / "log", fork=False)
+    assert run.wait() == 3
+    assert run.codes == [3, -9]
+    assert not run.kill()

@@ -7,12 +7,14 @@ import logging
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ranks
 import torch
 import yaml
 from test_trainer import Batches, conversations, losses, trainer
+from trl.distributed import DistributedBackend
 
 from tdkd import online, ops
 from tdkd.errors import UserError
@@ -29,7 +31,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def answers(model, *, teacher=None, seed=0, prompts=PROMPTS, eos=(EOS,), **law):
+def answers(model, *, teacher=None, seed=0, prompts=PROMPTS, eos=(EOS,), batch_size=None, **law):
     law = {"max_completion_length": 8, **law}
     return online.sample(
         model,
@@ -39,6 +41,7 @@ def answers(model, *, teacher=None, seed=0, prompts=PROMPTS, eos=(EOS,), **law):
         pad_token_id=0,
         generator=generator(seed),
         teacher=teacher,
+        batch_size=batch_size,
     )
 
 
@@ -70,6 +73,13 @@ def completions(batch):
         assert labels[first:] == ids[first:]
         found.append((tuple(ids[:first]), tuple(ids[first:])))
     return found
+
+
+def replays(run):
+    """Whether each step of the run took kept answers, as it goes on."""
+    told, again = [], run._rollouts._again
+    run._rollouts._again = lambda step: (told.append(again(step)), told[-1])[1]
+    return told
 
 
 def data_pairs(run):
@@ -164,6 +174,48 @@ def test_a_mixture_draws_from_the_mean_of_the_laws(tiny_student, tiny_teacher):
             mixed = (0.75 * p + 0.25 * q).unsqueeze(0)
             assert online.draw(mixed, uniform[row, step : step + 1]).item() == token
             ids.append(token)
+
+
+@pytest.mark.parametrize("mixture", [0.0, 0.5])
+def test_answers_are_the_same_in_smaller_batches(tiny_student, tiny_teacher, mixture):
+    """And no more of them are in memory at once than asked for."""
+    student, teacher = load_model(tiny_student), load_model(tiny_teacher)
+    sizes = []
+    for model in (student, teacher):
+        model.model.layers[0].mlp.register_forward_pre_hook(
+            lambda module, args: sizes.append(args[0].shape[0])
+        )
+    given = {"teacher": teacher, "teacher_mixture": mixture, "prompts": PROMPTS * 3, "seed": 4}
+    whole = answers(student, **given)
+    assert set(sizes) == {9}
+    for batch_size, seen in ((1, {1}), (4, {4, 1}), (20, {9})):
+        sizes.clear()
+        assert answers(student, batch_size=batch_size, **given) == whole
+        assert set(sizes) == seen
+
+
+def test_an_answer_ends_where_the_positions_do(writer):
+    """Of the prompt that it follows: those beside it have room."""
+    student = load_model(writer)
+    assert online.positions(student) == 256
+    long = [[1, *[40] * (n - 1)] for n in (251, 4, 255, 251, 250)]
+    law = {"max_completion_length": 12, "eos": (263,), "seed": 2}
+    drawn = answers(student, prompts=long, positions=256, **law)
+    assert [len(tokens) for tokens in drawn] == [5, 12, 1, 5, 6]
+    # the numbers that decide are those of their places
+    free = answers(student, prompts=[p[-9:] for p in long], **law)
+    assert free[1] == drawn[1]
+    with pytest.raises(UserError, match="max_length: expected prompts of fewer .* 256 .*of 256"):
+        answers(student, prompts=[[1] * 256], positions=256)
+
+
+def test_positions_are_those_that_all_models_have(writer, tiny_teacher):
+    small, large = load_model(writer), load_model(tiny_teacher)
+    assert online.positions(large) == 512
+    assert online.positions(large, small) == 256
+    large.config.max_position_embeddings = -1
+    assert online.positions(large) is None
+    assert online.positions(large, small) == 256
 
 
 def test_padding_columns_are_never_drawn(tiny_student, tiny_teacher):
@@ -352,6 +404,33 @@ def test_replay_takes_the_place_of_generation(run):
     assert len(makes.replay.answers) == 4
 
 
+def test_all_processes_replay_in_the_same_steps(run):
+    """One that wrote answers would keep the others waiting."""
+    given = list(run.get_train_dataloader())
+    wrote = []
+    for rank in range(8):
+        makes, steps = rollouts(run, rank=rank, replay_size=4, replay_ratio=0.5), []
+        for step in range(20):
+            makes(given, step, lambda *_: (steps.append(step), count_up(*_))[1])  # noqa: B023
+        wrote.append(steps)
+    assert 0 < len(wrote[0]) < 20
+    assert all(steps == wrote[0] for steps in wrote)
+
+
+def test_none_replays_before_all_have_answers(run):
+    given = list(run.get_train_dataloader())
+
+    def total(counts):
+        """Of this process and of one that holds none."""
+        return counts + 1 if counts.numel() == 1 else counts
+
+    makes = rollouts(run, replay_size=4, replay_ratio=0.9, total=total)
+    asked = []
+    for step in range(10):
+        makes(given, step, lambda *_: (asked.append(step), count_up(*_))[1])  # noqa: B023
+    assert asked == list(range(10))
+
+
 def test_examples_without_a_prompt_are_refused(run):
     batch = run.data_collator([{"input_ids": [1, 5, 6], "labels": [1, 5, 6]}])
     with pytest.raises(UserError, match="lmbda: expected examples with a prompt"):
@@ -397,8 +476,9 @@ def test_all_on_policy_never_learns_from_the_datas_answers(tmp_path, tiny_teache
     entry = run.state.log_history[0]
     assert entry["on_policy"] == 1
     assert entry["completions/mean_length"] <= 6
-    for name in ("generate", "score", "learn"):
+    for name in ("generate", "prefill", "score", "learn"):
         assert entry[f"time/{name}"] > 0
+    assert entry["time/prefill"] < entry["time/generate"]
     json.dumps(run.state.log_history)
 
 
@@ -459,7 +539,8 @@ def test_gkd_is_trls(tmp_path, tiny_teacher, tiny_student, beta):
         torch.testing.assert_close((old - new) / 1e-2, parameter.grad, rtol=1e-3, atol=1e-4)
 
 
-def test_accumulation_counts_what_was_generated(tmp_path, tiny_teacher, tiny_student):
+@pytest.mark.parametrize("at_once", [None, 3])
+def test_accumulation_counts_what_was_generated(tmp_path, tiny_teacher, tiny_student, at_once):
     """1 x 8 and 8 x 1 make the same answers and the same step, whose loss is a mean over them."""
     steps, seen = [], []
     for size, accumulate in ((8, 1), (1, 8)):
@@ -473,6 +554,7 @@ def test_accumulation_counts_what_was_generated(tmp_path, tiny_teacher, tiny_stu
             max_steps=1,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulate,
+            generation_batch_size=at_once,
         )
         batches = Batches(run)
         items = []
@@ -511,6 +593,37 @@ def test_a_resumed_run_goes_on_exactly(tmp_path, tiny_teacher, tiny_student, rep
     assert same(parameters(resumed), parameters(whole))
     if replay:
         assert list(resumed._rollouts.replay.answers) == list(whole._rollouts.replay.answers)
+
+
+def test_iq_learn_with_replay_resumes_exactly(tmp_path, tiny_teacher, tiny_student):
+    """The guide's recipe: expert and policy states, some of the latter from the buffer."""
+    (recipe,) = (recipe for recipe in RECIPES if "replay_size" in recipe)
+    options = {
+        **recipe, "objective_text": recipe["objective"], "max_completion_length": 4,
+        "max_steps": 10, "save_strategy": "steps", "save_steps": 4, "optim": "adamw_torch",
+        "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2,
+    }  # fmt: skip
+    del options["objective"]
+
+    def watched(name):
+        run = trainer(tmp_path / name, tiny_teacher, tiny_student, **options)
+        return run, Batches(run), replays(run)
+
+    whole, every, replayed = watched("whole")
+    before = parameters(whole)
+    whole.train()
+    assert set(replayed[:4]) == set(replayed[4:]) == {True, False}
+    own = [batch["expert_weight"] == 0 for batch in every.seen]
+    assert any(bool(rows.any()) and not bool(rows.all()) for rows in own)
+    assert not same(parameters(whole), before)
+    resumed, rest, replayed_then = watched("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert replayed_then == replayed[4:]
+    for got, expected in zip(rest.seen, every.seen[8:], strict=True):
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert losses(resumed) == losses(whole)
+    assert all(math.isfinite(loss) for loss in losses(whole))
+    assert same(parameters(resumed), parameters(whole))
 
 
 def test_training_again_begins_with_nothing_to_replay(tmp_path, tiny_teacher, tiny_student):
@@ -605,21 +718,62 @@ def test_the_teacher_mixes_in_training(tmp_path, tiny_teacher, tiny_student):
     assert not teacher.training
 
 
+def test_answers_to_long_prompts_are_cut(tmp_path, tiny_teacher, writer):
+    """A student of 256 positions, one prompt of 251 tokens: it used to end in an IndexError."""
+    data = conversations(4)
+    long = {
+        "prompt": [{"role": "user", "content": "x" * 232}],
+        "completion": [{"role": "assistant", "content": "red"}],
+    }
+    data = type(data).from_list([long, *data])
+    run = online_run(tmp_path, tiny_teacher, writer, data=data, max_completion_length=12)
+    batches = Batches(run)
+    run.train()
+    pairs = [pair for batch in batches.seen for pair in completions(batch)]
+    assert {len(prompt) for prompt, _ in pairs} >= {251}
+    for prompt, completion in pairs:
+        cut = min(12, 256 - len(prompt))
+        assert len(completion) == cut or completion[-1] == EOS
+
+
+def test_a_teacher_without_keys_scores_and_does_not_write(tmp_path, tiny_tokenizer, tiny_student):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        vocab_size=264, hidden_size=16, state_size=4, num_hidden_layers=2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=EOS,
+    )  # fmt: skip
+    teacher = tmp_path / "mamba"
+    transformers.MambaForCausalLM(config).save_pretrained(teacher)
+    run = online_run(tmp_path, teacher, tiny_student, max_steps=1)
+    run.train()
+    assert math.isfinite(losses(run)[0])
+    words = "teacher_mixture: expected a teacher with past_key_values, .*got MambaForCausalLM"
+    with pytest.raises(UserError, match=words):
+        online_run(tmp_path, teacher, tiny_student, teacher_mixture=0.5)
+
+
 TRLS = online.vllm_generation.VLLMGeneration
 
 
 class Engine:
-    """What TRL's VLLMGeneration is asked for, with the signature that it has."""
+    """What TRL's VLLMGeneration is asked for, with the signature that it has, and what it would
+    push."""
 
     made = None
+    _iter_named_params = TRLS._iter_named_params
+    _fix_param_name_to_vllm = TRLS._fix_param_name_to_vllm
 
     def __init__(self, *args, **options):
         self.given = inspect.signature(TRLS.__init__).bind(None, *args, **options)
+        self.model = self.given.arguments["model"]
+        self._dist = DistributedBackend(self.given.arguments["accelerator"])
         self.calls = []
         Engine.made = self
 
     def sync_weights(self):
         self.calls.append("sync")
+        self.pushed = {name for name, _ in self._iter_named_params()}
 
     def generate(self, *args):
         given = inspect.signature(TRLS.generate).bind(None, *args).arguments
@@ -634,7 +788,7 @@ def test_vllm_writes_the_answers(tmp_path, tiny_teacher, tiny_student, monkeypat
     monkeypatch.setattr(online.vllm_generation, "VLLMGeneration", Engine)
     run = online_run(
         tmp_path, tiny_teacher, tiny_student, use_vllm=True, temperature=0.5, top_k=9, top_p=0.9,
-        vllm_gpu_memory_utilization=0.2,
+        vllm_gpu_memory_utilization=0.2, generation_batch_size=3,
     )  # fmt: skip
     batches = Batches(run)
     run.train()
@@ -643,7 +797,7 @@ def test_vllm_writes_the_answers(tmp_path, tiny_teacher, tiny_student, monkeypat
     assert given["processing_class"] is run.processing_class
     expected = {
         "mode": "colocate", "temperature": 0.5, "top_k": 9, "top_p": 0.9,
-        "max_completion_length": 6, "gpu_memory_utilization": 0.2,
+        "max_completion_length": 6, "gpu_memory_utilization": 0.2, "max_num_seqs": 3,
         "generation_kwargs": {"stop_token_ids": [EOS]},
     }  # fmt: skip
     assert {name: given[name] for name in expected} == expected
@@ -651,6 +805,20 @@ def test_vllm_writes_the_answers(tmp_path, tiny_teacher, tiny_student, monkeypat
     for prompts, batch in zip(Engine.made.calls[1::2], batches.seen, strict=True):
         wanted = [(tuple(p), (50 + i, 7, EOS)) for i, p in enumerate(prompts)]
         assert completions(batch) == wanted
+
+
+def test_vllm_never_sees_the_value_head(tmp_path, tiny_teacher, tiny_student, monkeypatch):
+    """It would look for a weight of that name in its own model. Here the head goes on learning."""
+    monkeypatch.setattr(online.vllm_generation, "VLLMGeneration", Engine)
+    run = online_run(
+        tmp_path, tiny_teacher, tiny_student, use_vllm=True, value_head=True, lmbda=0.5,
+        objective_text="ForwardKL(tail=True) + IQLearn('chi2', alpha=1.0, value='mixed')",
+    )  # fmt: skip
+    run.train()
+    weights = {name for name, _ in load_model(tiny_student).named_parameters()}
+    assert Engine.made.pushed == weights
+    assert {name for name, _ in run.model.named_parameters()} - weights == {"td_value_head"}
+    assert run.model.td_value_head.abs().sum() > 0
 
 
 def test_vllm_must_be_there(tmp_path, tiny_teacher, tiny_student):
@@ -706,11 +874,13 @@ def _worker(rank, world, port, folder, teacher, student):
         replay_size=4, replay_ratio=0.5, save_strategy="steps", save_steps=4,
     )  # fmt: skip
     batches = Batches(run)
+    replayed = replays(run)
     run.train()
     seen = [completions(batch) for batch in batches.seen]
     weights = [batch["expert_weight"].max() for batch in batches.seen]
     log = run.state.log_history[:4]
-    torch.save((seen, weights, parameters(run), log, data_pairs(run)), folder / f"{rank}.pt")
+    told = seen, weights, parameters(run), log, data_pairs(run), replayed
+    torch.save(told, folder / f"{rank}.pt")
     return run
 
 
@@ -720,6 +890,10 @@ def test_two_processes_answer_by_themselves(tmp_path, tiny_teacher, tiny_student
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
     assert same(one[2], two[2])
     data = one[4]
+    assert one[5] == two[5]
+    assert set(one[5]) == {True, False}
+    # in steps without an answer of one of them too: they would wait for each other in the log
+    assert all("time/prefill" in entry for entry in one[3])
     assert {"replay_0.pt", "replay_1.pt"} <= {p.name for p in (tmp_path / "checkpoint-4").iterdir()}
     for step, entry in enumerate(one[3]):
         pairs = [*one[0][step], *two[0][step]]
@@ -955,6 +1129,8 @@ REFUSED = [
     ({"lmbda": 0.5, "replay_size": 9}, "replay_size: expected it together with replay_ratio"),
     ({"teacher_mixture": 0.5}, "lmbda: expected a number > 0 with teacher_mixture"),
     ({"use_vllm": True}, "lmbda: expected a number > 0 with .*use_vllm"),
+    ({"generation_batch_size": 8}, "lmbda: expected a number > 0 with .*generation_batch_size"),
+    ({"generation_batch_size": 0}, "generation_batch_size: expected a number >= 1, got 0"),
     (
         {"lmbda": 0.5, "use_vllm": True, "teacher_mixture": 0.5},
         "use_vllm: expected False with teacher_mixture",
@@ -990,11 +1166,14 @@ def test_what_does_not_go_together_is_refused(
 def test_what_a_trainer_cannot_hold_is_refused(run):
     args, collator = run.args, run.data_collator
     with pytest.raises(UserError, match="lmbda: expected 0 without a teacher"):
-        online.check(args, None, collator, whole=True)
+        online.check(args, None, collator, None, whole=True)
     with pytest.raises(UserError, match="lmbda: expected 0 with FSDP or DeepSpeed"):
-        online.check(args, ForwardKL(), collator, whole=False)
+        online.check(args, ForwardKL(), collator, run.teacher, whole=False)
     with pytest.raises(UserError, match="data_collator: expected TRL's .*got function"):
-        online.check(args, ForwardKL(), lambda examples: {}, whole=True)
+        online.check(args, ForwardKL(), lambda examples: {}, run.teacher, whole=True)
+    two = SimpleNamespace(**{**vars(args), "generation_batch_size": 3, "world_size": 2})
+    with pytest.raises(UserError, match="generation_batch_size: expected a multiple of the 2 pro"):
+        online.check(two, ForwardKL(), collator, run.teacher, whole=True)
 
 
 def test_a_checkpoint_with_a_cut_replay_is_refused(tmp_path, tiny_teacher, tiny_student):

@@ -5,6 +5,7 @@ SIGKILL to the process group at a moment drawn from a seed (one moment from each
 time from the first output to the end), and gives the same command again until it ends. What it
 leaves must be what the quiet run left: the same files, no other one, the same records, metrics,
 losses and weights. Of the rounds of distill, half are killed while a checkpoint is being written.
+Of two processes of one run, one is killed up to half a second before the other.
 
     python tests/faults/kill.py [--rounds 20] [--only distill] [--seed 0] [--fork]
 
@@ -21,6 +22,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,7 +42,8 @@ ENVIRONMENT = {
 COMMAND = "import sys; from tdkd.cli import main; main()"
 STEPS = 12
 # entries of the log that count seconds, or this process alone, and not the run
-OF_THE_CLOCK = "runtime", "per_second", "train_loss"
+OF_THE_CLOCK = "runtime", "per_second", "train_loss", "time/"
+NAMES = "generate", "distill", "distill-cache", "distill-online", "evaluate", "cache", "cache-2"
 
 
 class Job(NamedTuple):
@@ -50,53 +53,85 @@ class Job(NamedTuple):
     args: Callable[[Path], list[str]]
     """Of the folder to write to."""
     results: Callable[[Path], Any]
+    processes: int = 1
+    """As ``torchrun`` would start them."""
 
 
-class Process:
-    """The command in a process group of its own."""
+class Run:
+    """The command, each of its processes in a group of its own."""
 
-    def __init__(self, args: list[str], log: Path, fork: bool) -> None:
-        self.code: int | None = None
-        if fork:
-            self.pid = _forked(args, log)
-            return
-        with log.open("ab") as file:
-            self.pid = subprocess.Popen(
-                [sys.executable, "-c", COMMAND, *args],
-                stdout=file,
-                stderr=file,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-                start_new_session=True,
-            ).pid
+    def __init__(self, job: Job, out: Path, log: Path, fork: bool) -> None:
+        self.codes: list[int] = []
+        """Exit codes, in the order of the ends."""
+        args = job.args(out)
+        start = _forked if fork else _started
+        self.running = [start(args, log, place) for place in _places(job.processes)]
 
     def ended(self) -> bool:
-        """Whether the process is gone; ``code`` then has its exit code."""
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.code = os.waitstatus_to_exitcode(status)
-        return self.code is not None
+        """Whether all are gone; as a launcher would, it stops all when one has failed."""
+        for pid in list(self.running):
+            gone, status = os.waitpid(pid, os.WNOHANG)
+            if gone:
+                self.running.remove(pid)
+                self.codes.append(os.waitstatus_to_exitcode(status))
+        if any(self.codes):
+            self._stop()
+        return not self.running
 
     def wait(self) -> int:
+        """The exit code of the first that failed, or 0."""
         while not self.ended():
             time.sleep(0.002)
-        assert self.code is not None
-        return self.code
+        return next((code for code in self.codes if code), 0)
 
-    def kill(self) -> bool:
-        """SIGKILL to the group; False where the process had ended by itself."""
-        if not self.ended():
-            os.killpg(self.pid, signal.SIGKILL)
-        return self.wait() == -signal.SIGKILL
+    def kill(self, first: int = 0, lag: float = 0.0) -> bool:
+        """SIGKILL to one, and after ``lag`` seconds to the others; False where none was left."""
+        if self.ended():
+            return False
+        os.killpg(self.running[first % len(self.running)], signal.SIGKILL)
+        if len(self.running) > 1:
+            time.sleep(lag)
+        self._stop()
+        self.wait()
+        return -signal.SIGKILL in self.codes
+
+    def _stop(self) -> None:
+        for pid in self.running:
+            os.killpg(pid, signal.SIGKILL)
 
 
-def _forked(args: list[str], log: Path) -> int:
+def _places(processes: int) -> list[dict[str, str]]:
+    """What each process is told of its place among the others."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), **meeting}
+        for rank in range(processes)
+    ]
+
+
+def _started(args: list[str], log: Path, place: dict[str, str]) -> int:
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-c", COMMAND, *args],
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **place},
+            start_new_session=True,
+        ).pid
+
+
+def _forked(args: list[str], log: Path, place: dict[str, str]) -> int:
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
         os.setsid()
+        os.environ.update(place)
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
@@ -143,7 +178,45 @@ def prepare(work: Path) -> list[Job]:
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    (work / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    alone = {name: x for name, x in config.items() if name != "teacher_model_name_or_path"}
+    configs = {
+        "distill": config,
+        "distill-cache": {
+            **alone, "teacher": "cache", "teacher_cache": str(work / "sets"), "action_top_k": 8
+        },
+        "distill-online": {
+            **config,
+            "lmbda": 0.7,
+            "max_completion_length": 8,
+            "replay_size": 24,
+            "replay_ratio": 0.5,
+            "objective": "ForwardKL(tail=True) + 0.05 * IQLearn(alpha=2.0, value='mixed')",
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+        },
+    }  # fmt: skip
+    for name, content in configs.items():
+        (work / f"{name}.yaml").write_text(json.dumps(content))  # JSON is YAML
+
+    def distill(name: str) -> Job:
+        args = ["distill", str(work / f"{name}.yaml"), "--output_dir"]
+        return Job(name, lambda out: [*args, str(out)], _distilled)
+
+    def cache(name: str, processes: int) -> Job:
+        return Job(
+            name,
+            lambda out: (
+                f"cache --model {teacher} --data {data} --output {out}/sets --shard-examples 2 "
+                "--batch-size 1 --action-top-k 8 --device cpu".split()
+            ),
+            lambda out: {
+                path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in (out / "sets").iterdir()
+            },
+            processes,
+        )
+
+    quiet(cache("the cache of distill-cache", 1), work, work / "sets.log", fork=False)
     return [
         Job(
             "generate",
@@ -153,11 +226,7 @@ def prepare(work: Path) -> list[Job]:
             ),
             lambda out: {path.name: path.read_text() for path in out.iterdir()},
         ),
-        Job(
-            "distill",
-            lambda out: ["distill", str(work / "config.yaml"), "--output_dir", str(out)],
-            _distilled,
-        ),
+        *map(distill, configs),
         Job(
             "evaluate",
             lambda out: (
@@ -167,17 +236,8 @@ def prepare(work: Path) -> list[Job]:
             ),
             lambda out: {path.name: path.read_text() for path in out.iterdir()},
         ),
-        Job(
-            "cache",
-            lambda out: (
-                f"cache --model {teacher} --data {data} --output {out}/sets --shard-examples 2 "
-                "--batch-size 1 --action-top-k 8 --device cpu".split()
-            ),
-            lambda out: {
-                path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in (out / "sets").iterdir()
-            },
-        ),
+        cache("cache", 1),
+        cache("cache-2", 2),
     ]
 
 
@@ -205,6 +265,12 @@ def fresh(out: Path) -> None:
     out.mkdir(parents=True)
 
 
+def quiet(job: Job, out: Path, log: Path, fork: bool) -> None:
+    """A run that nobody disturbs and that must succeed."""
+    if Run(job, out, log, fork).wait():
+        raise SystemExit(f"{job.name}: the quiet run failed:\n{log.read_text()}")
+
+
 def undisturbed(job: Job, out: Path, log: Path, fork: bool) -> tuple[float, float, Any]:
     """Seconds until the first output and until the end, and the results.
 
@@ -212,18 +278,17 @@ def undisturbed(job: Job, out: Path, log: Path, fork: bool) -> tuple[float, floa
     """
     fresh(out)
     log.write_text("")
-    if Process(job.args(out), log, fork).wait():
-        raise SystemExit(f"{job.name}: the quiet run failed:\n{log.read_text()}")
+    quiet(job, out, log, fork)
     before = job.results(out)
     fresh(out)
     start, first = time.monotonic(), None
-    process = Process(job.args(out), log, fork)
-    while not process.ended():
+    run = Run(job, out, log, fork)
+    while not run.ended():
         if first is None and any(out.iterdir()):
             first = time.monotonic() - start
         time.sleep(0.002)
     end = time.monotonic() - start
-    if process.code:
+    if run.wait():
         raise SystemExit(f"{job.name}: the quiet run failed:\n{log.read_text()}")
     found = difference(job.results(out), before)
     if found:
@@ -244,16 +309,16 @@ def being_written(out: Path) -> Path | None:
     return None
 
 
-def in_a_checkpoint(process: Process, out: Path, which: int, delay: float) -> str | None:
+def in_a_checkpoint(run: Run, out: Path, which: int, delay: float) -> str | None:
     """Kills while the ``which``-th checkpoint is written; says where, None where it came late."""
     seen, before = 0, False
-    while not process.ended():
+    while not run.ended():
         now = being_written(out) is not None
         seen += now and not before
         before = now
         if now and seen >= which:
             time.sleep(delay)
-            if not process.kill():
+            if not run.kill():
                 return None
             left = being_written(out)
             if left is None:
@@ -264,12 +329,13 @@ def in_a_checkpoint(process: Process, out: Path, which: int, delay: float) -> st
     return None
 
 
-def at(process: Process, moment: float) -> str | None:
-    """Kills so many seconds after now; says where, None where the process ended before."""
+def at(run: Run, moment: float, first: int, lag: float) -> str | None:
+    """Kills so many seconds after now; says where, None where the run ended before."""
     end = time.monotonic() + moment
-    while time.monotonic() < end and not process.ended():
+    while time.monotonic() < end and not run.ended():
         time.sleep(0.002)
-    return f"after {moment:.2f} s" if process.kill() else None
+    several = f", process {first} {lag:.2f} s before the other" if len(run.running) > 1 else ""
+    return f"after {moment:.2f} s{several}" if run.kill(first, lag) else None
 
 
 def difference(got: Any, expected: Any, where: str = "") -> str | None:
@@ -293,15 +359,15 @@ def difference(got: Any, expected: Any, where: str = "") -> str | None:
 
 
 def play(
-    job: Job, out: Path, log: Path, fork: bool, kill: Callable[[Process], str | None]
+    job: Job, out: Path, log: Path, fork: bool, kill: Callable[[Run], str | None]
 ) -> tuple[str | None, str | None]:
     """One round: where it was killed (None: nowhere), and what went wrong (None: nothing)."""
     fresh(out)
     log.write_text("")
-    killed = kill(Process(job.args(out), log, fork))
+    killed = kill(Run(job, out, log, fork))
     if killed is None:
         return None, None
-    code = Process(job.args(out), log, fork).wait()
+    code = Run(job, out, log, fork).wait()
     if code:
         lines = log.read_text().strip().splitlines() or [""]
         return killed, f"exit code {code}: {lines[-1]}"
@@ -318,13 +384,15 @@ def rounds_of(job: Job, args: argparse.Namespace, work: Path) -> tuple[int, int]
         killed = lost = None
         for attempt in range(5):
             draw = random.Random(f"{args.seed} {job.name} {number} {attempt}")
-            kill: Callable[[Process], str | None]
-            if job.name == "distill" and number % 2 == 0:
+            kill: Callable[[Run], str | None]
+            if job.results is _distilled and number % 2 == 0:
                 which, delay = draw.randint(1, STEPS), draw.uniform(0, 0.03)
                 kill = partial(in_a_checkpoint, out=out, which=which, delay=delay)
             else:
                 part = (number + draw.random()) / args.rounds
-                kill = partial(at, moment=first + part * 0.97 * (end - first))
+                who, lag = draw.randrange(job.processes), draw.uniform(0, 0.5)
+                moment = first + part * 0.97 * (end - first)
+                kill = partial(at, moment=moment, first=who, lag=lag)
             start = time.monotonic()
             killed, lost = play(job, out, log, args.fork, kill)
             if killed is not None:
@@ -348,7 +416,7 @@ def rounds_of(job: Job, args: argparse.Namespace, work: Path) -> tuple[int, int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--only", choices=("generate", "distill", "evaluate", "cache"))
+    parser.add_argument("--only", choices=NAMES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fork", action="store_true")
     args = parser.parse_args()
