@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tdkd import ops
 from tdkd.benchmark.cases import Case
-from tdkd.benchmark.linear import EXTRA, Student, make_student
+from tdkd.benchmark.linear import Student, make_student
 from tdkd.benchmark.report import environment
 from tdkd.kernels import head, routes
 from tdkd.kernels.linear_rows import in_forward
@@ -50,6 +50,8 @@ OBJECTIVES = (
     "SoftTD(lam=0.9)",
     "ForwardKL(tail=True) + 0.05 * IQLearn(alpha=2.0, stop_gradient='next')",
 )
+EXTRA = 1024
+"""Columns that a batch vocabulary samples."""
 ANSWER = 96
 """Rows of a response."""
 

@@ -617,12 +617,12 @@ def test_float16_factors_wait_for_the_loss_scale(autocast):
         objective, state_value, looks_ahead = ForwardKL(), None, False
 
     gpu = On("cuda")
-    assert ops._in_forward(Terms, gpu, gpu)
-    assert not ops._in_forward(Terms, On("cuda", HALF), On("cuda", HALF))
+    assert routes.in_forward(Terms, gpu, gpu)
+    assert not routes.in_forward(Terms, On("cuda", HALF), On("cuda", HALF))
     autocast(BRAIN)
-    assert ops._in_forward(Terms, gpu, gpu)
+    assert routes.in_forward(Terms, gpu, gpu)
     autocast(HALF)
-    assert not ops._in_forward(Terms, gpu, gpu)
+    assert not routes.in_forward(Terms, gpu, gpu)
 
 
 @pytest.fixture

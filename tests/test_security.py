@@ -90,6 +90,9 @@ def test_commands_start_no_process_and_reach_for_no_network(
         name: x for name, x in os.environ.items() if name not in silent and "TELEMETRY" not in name
     }
     environment |= {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hub")}
+    # matplotlib asks fc-list for the fonts of a machine once
+    fonts = [sys.executable, "-c", "import matplotlib.font_manager"]
+    subprocess.run(fonts, env=environment, capture_output=True, check=True)
     done = subprocess.run(
         [sys.executable, "-c", WATCHED], input=lines, capture_output=True, text=True,
         env=environment,
