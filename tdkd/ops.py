@@ -446,7 +446,7 @@ def linear_select_actions(
 ) -> ActionSet:
     """``select_actions(hidden @ weight.T + bias)`` without the ``[N, V]`` logits in memory.
 
-    One chunk of rows has logits at a time: 44 MiB of them on CPU (176 rows where V exceeds 65,536)
+    One chunk of rows has logits at a time: 48 MiB of them on CPU (192 rows where V exceeds 65,536)
     and 1 GiB on a GPU. Products accumulate in float32. No gradient.
 
     Args:

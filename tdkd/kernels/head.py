@@ -9,12 +9,13 @@ from torch import Tensor
 
 from tdkd.kernels.linear_rows.reference import row_chunks
 
-CHUNK_ELEMENTS = {"cpu": 11 << 20, "cuda": 1 << 28}
-"""Logits that exist at a time: 44 MiB on CPU; on GPUs enough to keep one busy."""
+CHUNK_ELEMENTS = {"cpu": 12 << 20, "cuda": 1 << 28}
+"""Logits that exist at a time: 48 MiB on CPU, 256 rows of 49,152, which the library takes a
+twentieth faster than 224; on GPUs enough to keep one busy."""
 WIDE_COLUMNS = {"cpu": 1 << 16, "cuda": 1 << 62}
 """Columns beyond which a chunk keeps its rows, and grows. Each chunk adds to the whole gradient of
-the head, which costs a CPU more than the products where few rows bring it: at 151,936 columns 176
-rows a chunk (102 MiB, of gigabytes that dense logits take) are a fifth faster than 75."""
+the head, which costs a CPU more than the products where few rows bring it: at 151,936 columns 192
+rows a chunk (111 MiB, of gigabytes that dense logits take) are a fifth faster than 75."""
 PANEL_COLUMNS = {"cpu": 2048, "cuda": 1 << 62}
 """Columns of logits that one product makes. The CPU's library is a fifth slower where a chunk has
 few rows and the head is whole, and not so where the part of the head that it reads stays cached."""
