@@ -11,7 +11,7 @@ from tdkd.kernels.linear_rows.reference import row_chunks
 
 CHUNK_ELEMENTS = {"cpu": 12 << 20, "cuda": 1 << 28}
 """Logits that exist at a time: 48 MiB on CPU, 256 rows of 49,152, which the library takes a
-twentieth faster than 224; on GPUs enough to keep one busy."""
+twentieth faster than 234; on GPUs enough to keep one busy."""
 WIDE_COLUMNS = {"cpu": 1 << 16, "cuda": 1 << 62}
 """Columns beyond which a chunk keeps its rows, and grows. Each chunk adds to the whole gradient of
 the head, which costs a CPU more than the products where few rows bring it: at 151,936 columns 192
