@@ -157,15 +157,13 @@ def picture(runs: list[dict[str, Any]], path: Path, seconds: dict[str, Any]) -> 
 
 
 def of_interest(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The warm student, and of each method the run of the first seed at its best rate; at equal
-    wall-clock, where there are such."""
+    """The warm student, and of each method the run of the first seed at its best rate, rather one
+    that was looked at on its way; at equal wall-clock, where there are such."""
     warm = [run for run in runs if run["start"] == "warm" and run["scores"]]
     equal = [run for run in warm if run["minutes"]] or warm
     best: dict[tuple[str, str], dict[str, Any]] = {}
-    first = min((run["seed"] for run in equal), default=0)
-    for run in sorted(equal, key=lambda run: run["scores"]["kl"]):
-        if run["seed"] == first:
-            best.setdefault((run["method"], run["teacher"]), run)
+    for run in sorted(equal, key=lambda r: (not r.get("curve"), r["seed"], r["scores"]["kl"])):
+        best.setdefault((run["method"], run["teacher"]), run)
     return [*(run for run in runs if run["method"] == "warm"), *best.values()]
 
 
