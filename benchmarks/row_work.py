@@ -145,7 +145,7 @@ def row_work(
     columns = weight.shape[0]
     if normaliser == "batch":
         drawn = ops.batch_vocabulary(student.actions, columns, extra=EXTRA).ids.numel()
-        columns = drawn if routes.pays(drawn, columns) else columns
+        columns = drawn if routes.pays("cpu", drawn, columns, hidden.shape[0]) else columns
     with torch.no_grad():
         z = ops.linear_gather_q(hidden, weight, ids)
         rest = ops.linear_logsumexp(hidden, weight)

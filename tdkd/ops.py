@@ -905,7 +905,8 @@ def linear_td_loss(
     divisor = _divisor(rows, reduction, num_items_in_batch)
     if not _needs_normaliser(objective, q):
         gather = _head_rows_of(impl, flat, weight, rows.ids.shape[-1])
-        some = _routes.gathers(weight.device.type, rows.ids.shape[-1], *weight.shape)
+        k, device = rows.ids.shape[-1], weight.device.type
+        some = _routes.gathers(device, k, *weight.shape, flat.shape[0])
         _tell(f"no log Z, {'k head rows a position' if some else 'all columns'}", flat, weight)
         terms = rows(gather(flat, weight, bias, rows.ids, scale), None)
         return _td_output(terms, actions, lead, reduction, divisor)
@@ -924,7 +925,8 @@ def linear_td_loss(
         )
         if room is None and weight.is_cuda:
             vocabulary = _bucketed(vocabulary)
-        if not _routes.pays(vocabulary.ids.numel(), weight.shape[0]):
+        held = vocabulary.ids.numel()
+        if not _routes.pays(weight.device.type, held, weight.shape[0], flat.shape[0]):
             vocabulary = None
             route += ", for the batch vocabulary would hold most"
     elif vocabulary is not None:
@@ -1002,7 +1004,7 @@ def _linear_rows_of(
 def _head_rows_of(impl: Impl, hidden: Tensor, weight: Tensor, k: int) -> Callable[..., Tensor]:
     if not _fused(impl, hidden, weight):
         return _linear_gather_q_reference.linear_gather_q
-    dense = not _routes.gathers(hidden.device.type, k, *weight.shape)
+    dense = not _routes.gathers(hidden.device.type, k, *weight.shape, hidden.shape[0])
     return partial(_linear_gather_q.linear_gather_q, dense=dense)
 
 

@@ -459,8 +459,30 @@ def test_the_routes_are_measured_where_they_may_cross():
         assert any(case.hidden >= 2048 for case in mine)
         assert any(case.rows <= 64 for case in mine)
         assert any(case.dtype == "bfloat16" for case in mine)
-    sides = {routes.gathers("cpu", c.k, c.vocab, c.hidden) for c in cases if "gather" in c.op}
+    sides = {
+        routes.gathers("cpu", c.k, c.vocab, c.hidden, c.rows) for c in cases if "gather" in c.op
+    }
     assert sides == {True, False}
+
+
+def test_the_rule_takes_the_way_that_was_measured_to_cost_least():
+    """Within the noise of a measurement, which is in the repository."""
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "routes.json"
+    cases = json.loads(path.read_text())["cases"]
+    assert len(cases) == len(SUITES["routes"])
+    for case in cases:
+        cost = {r["rival"]: r["median_s"] for r in case["rivals"]}
+        k, columns, rows = case["k"], case["vocab"], case["rows"]
+        if case["op"] == "linear_gather_q":
+            names = ("k rows", "all rows")
+            first = routes.gathers("cpu", k, columns, case["hidden"], rows)
+        else:
+            names = ("batch", "exact")
+            # of random sets the union, and the sample beside it
+            held = round(columns * (1 - (1 - k / columns) ** rows)) + 1024
+            first = routes.pays("cpu", held, columns, rows)
+        taken = cost[names[0] if first else names[1]]
+        assert taken <= 1.1 * min(cost[name] for name in names), case
 
 
 def test_real_sets_are_those_that_were_measured():

@@ -398,12 +398,15 @@ def test_the_vocabulary_must_hold_every_member():
 
 def test_routes():
     """The rule, and that the op follows it."""
-    assert routes.gathers("cpu", 1024, 49_152, 576)
-    assert not routes.gathers("cpu", 4096, 49_152, 576)
-    assert not routes.gathers("cuda", 64, 4_000, 576)
-    assert routes.gathers("cuda", 64, 49_152, 576)
-    assert routes.pays(7_000, 49_152)
-    assert not routes.pays(46_000, 49_152)
+    assert routes.gathers("cpu", 1024, 49_152, 576, 2048)
+    assert not routes.gathers("cpu", 4096, 49_152, 576, 2048)
+    assert routes.gathers("cpu", 4096, 49_152, 576, 16)
+    assert not routes.gathers("cuda", 64, 4_000, 576, 2048)
+    assert routes.gathers("cuda", 64, 49_152, 576, 2048)
+    assert routes.pays("cpu", 40_000, 49_152, 2048)
+    assert not routes.pays("cpu", 48_000, 49_152, 2048)
+    assert not routes.pays("cpu", 40_000, 49_152, 256)
+    assert routes.pays("cpu", 15_000, 49_152, 1)
     leaves, tokens, actions = make()
     generator = torch.Generator().manual_seed(0)
     # a vocabulary of nearly everything is replaced by everything
@@ -443,7 +446,7 @@ def test_a_way_can_be_forced(products):
         return int(torch.autograd.grad(out.loss, weight)[0].any(-1).sum())
 
     few, most = 0, VOCAB - held - 1
-    assert routes.pays(held, VOCAB)
+    assert routes.pays("cpu", held, VOCAB, ROWS)
     assert (touched(few), touched(most)) == (held, VOCAB)
     with routes.forced("exact"):
         assert touched(few) == VOCAB
@@ -459,7 +462,7 @@ def test_linear_gather_q_is_the_same_on_either_side_of_the_rule(k):
     (hidden, weight, bias), _, _ = make()
     ids = torch.rand(ROWS, VOCAB).topk(k).indices.int()
     ids[3, 1] = -1
-    assert routes.gathers("cpu", k, VOCAB, WIDTH) == (k == 3)
+    assert routes.gathers("cpu", k, VOCAB, WIDTH, ROWS) == (k == 3)
     grad = torch.randn(ROWS, k)
     q = ops.linear_gather_q(hidden, weight, ids, bias=bias, softcap=3.0)
     got = torch.autograd.grad(q, (hidden, weight, bias), grad)

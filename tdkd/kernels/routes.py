@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 Way = Literal["gather", "products", "batch", "exact"]
 
-BATCH_BELOW = 0.8
-"""M / V below which M gathered columns cost less than all."""
+BATCH_ROWS = {"cpu": 140, "cuda": 300}
+"""Rows whose products cost as much as gathering a column, and spreading its gradient, does."""
+BATCH_BELOW = 0.4
+"""M / V below which M gathered columns cost less than all, however few the rows."""
 BOUND_BELOW = 0.25
 """M / V up to which a GPU takes a bound on M in its place, which spares it a host sync."""
 CAPACITY_STEP = 1024
@@ -49,29 +51,36 @@ def forced(way: Way) -> Iterator[None]:
         _forced = before
 
 
-def gather_below(device: str, columns: int, width: int) -> float:
+def gather_below(device: str, columns: int, width: int, rows: int) -> float:
     """k / V below which k head rows a position cost less than products with the whole head.
 
-    On a CPU the bound falls with the square root of the head's size, since a small one stays in
-    the caches, which is where rows that are picked differ most from rows in order.
+    On a CPU the bound falls with the square root of the head's size, as long as a part of it stays
+    in the caches, which is where rows that are picked differ most from rows in order. With few rows
+    products are little beside the head itself, which they read and whose gradient they write.
     """
     if device == "cpu":
-        return min(0.25, 0.24 * ((1 << 20) / max(1, columns * width)) ** 0.5)
+        bound = max(0.062, 0.27 * ((1 << 20) / max(1, columns * width)) ** 0.5)
+        return min(0.25, bound * (1 + 8 / max(1, rows)))
     return 0.005
 
 
-def gathers(device: str, k: int, columns: int, width: int) -> bool:
+def gathers(device: str, k: int, columns: int, width: int, rows: int) -> bool:
     """Whether k of the head's rows a position are to be gathered, or all multiplied."""
     if _forced in ("gather", "products"):
         return _forced == "gather"
-    return k < gather_below(device, columns, width) * columns
+    return k < gather_below(device, columns, width, rows) * columns
 
 
-def pays(held: int, columns: int) -> bool:
+def batch_below(device: str, rows: int) -> float:
+    """M / V below which M gathered columns cost less than all of them."""
+    return max(BATCH_BELOW, rows / (rows + BATCH_ROWS[device]))
+
+
+def pays(device: str, held: int, columns: int, rows: int) -> bool:
     """Whether a vocabulary that holds so many of the columns is to be used, or all of them."""
     if _forced in ("batch", "exact"):
         return _forced == "batch"
-    return held < BATCH_BELOW * columns
+    return held < batch_below(device, rows) * columns
 
 
 def capacity(given: int | None, ids: Tensor, extra: int, columns: int) -> int | None:
@@ -108,10 +117,11 @@ def few(links: int, rows: int) -> bool:
 
 
 def describe(device: str) -> str:
-    """The rule in words, at the size of a small model."""
-    columns, width = 49_152, 576
-    gather = gather_below(device, columns, width) * columns
+    """The rule in words, at the size of a small model and of a batch."""
+    columns, width, rows = 49_152, 576, 2048
+    gather = gather_below(device, columns, width, rows) * columns
     return (
-        f"no normaliser: k head rows if k < {gather:,.0f} (V = {columns:,}, H = {width}), else "
-        f"all; batch: M columns if M < {BATCH_BELOW:g} V, else all; exact: all"
+        f"no normaliser: k head rows if k < {gather:,.0f}, else all; batch: M columns if M < "
+        f"{batch_below(device, rows):.2g} V, else all (V = {columns:,}, H = {width}, {rows:,} "
+        "rows); exact: all"
     )
