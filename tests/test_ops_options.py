@@ -714,13 +714,14 @@ def test_no_items_are_no_loss(linear, dense, impl, zero):
         leaf.requires_grad_()
     options = {"num_items_in_batch": zero, "objective": ForwardKL(tail=True), "impl": impl}
     for taken in (torch.full_like(tokens, -100), tokens):
-        outs = [
-            ops.td_loss(student, teacher, taken, **options),
-            ops.linear_td_loss(tokens=taken, **live, **options),
-            ops.linear_td_loss(tokens=taken, normaliser="batch", extra=4, **live, **options),
-            ops.linear_td_loss(tokens=taken, **live, **{**options, "q": "logit",
-                                                        "objective": ForwardKL()}),
-        ]  # fmt: skip
+        with routes.forced("batch"):
+            outs = [
+                ops.td_loss(student, teacher, taken, **options),
+                ops.linear_td_loss(tokens=taken, **live, **options),
+                ops.linear_td_loss(tokens=taken, normaliser="batch", extra=4, **live, **options),
+                ops.linear_td_loss(tokens=taken, **live, **{**options, "q": "logit",
+                                                            "objective": ForwardKL()}),
+            ]  # fmt: skip
         total = sum(out.loss for out in outs)
         assert total == 0
         for grad in torch.autograd.grad(total, leaves):
@@ -1216,7 +1217,7 @@ def test_low_precision_heads_are_read_in_float32():
 
 
 def test_a_vocabulary_of_most_columns_is_no_estimate(linear, dense):
-    """At five sixths of the columns the loss is the exact one; at half of them it is not."""
+    """At half of the columns, of so few rows, the loss is the exact one; at a third it is not."""
     actions = ops.ActionSet(
         dense[2].clamp(min=0).int().unsqueeze(-1), torch.zeros(2, 5, 1), torch.ones(2, 5).int()
     )
@@ -1234,8 +1235,8 @@ def test_a_vocabulary_of_most_columns_is_no_estimate(linear, dense):
     members = actions.ids[dense[2] != -100].unique().numel()
     generator = torch.Generator().manual_seed(0)
     options = {"normaliser": "batch", "generator": generator}
-    assert torch.equal(loss(extra=75 - members, **options), loss())
-    assert not torch.equal(loss(extra=45 - members, **options), loss())
+    assert torch.equal(loss(extra=45 - members, **options), loss())
+    assert not torch.equal(loss(extra=30 - members, **options), loss())
 
 
 @pytest.mark.parametrize("number", [0.5, 1.0, 2.0, 3.0])
