@@ -905,8 +905,7 @@ def linear_td_loss(
     divisor = _divisor(rows, reduction, num_items_in_batch)
     if not _needs_normaliser(objective, q):
         gather = _head_rows_of(impl, flat, weight, rows.ids.shape[-1])
-        k, device = rows.ids.shape[-1], weight.device.type
-        some = _routes.gathers(device, k, *weight.shape, flat.shape[0])
+        some = _gathers(flat, weight, rows.ids.shape[-1])
         _tell(f"no log Z, {'k head rows a position' if some else 'all columns'}", flat, weight)
         terms = rows(gather(flat, weight, bias, rows.ids, scale), None)
         return _td_output(terms, actions, lead, reduction, divisor)
@@ -1004,8 +1003,13 @@ def _linear_rows_of(
 def _head_rows_of(impl: Impl, hidden: Tensor, weight: Tensor, k: int) -> Callable[..., Tensor]:
     if not _fused(impl, hidden, weight):
         return _linear_gather_q_reference.linear_gather_q
-    dense = not _routes.gathers(hidden.device.type, k, *weight.shape, hidden.shape[0])
+    dense = not _gathers(hidden, weight, k)
     return partial(_linear_gather_q.linear_gather_q, dense=dense)
+
+
+def _gathers(hidden: Tensor, weight: Tensor, k: int) -> bool:
+    columns, width = weight.shape
+    return _routes.gathers(weight.device.type, k, columns, width, hidden.shape[0])
 
 
 def _needs_normaliser(objective: ObjectiveLike, q: Level) -> bool:
