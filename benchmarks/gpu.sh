@@ -8,7 +8,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
-STAGES=${STAGES:-environment build gpu_tests tune bench sanitizer triton_tests table}
+STAGES=${STAGES:-environment build tests tune bench breakdown sanitizer verify table}
 REHEARSE=${REHEARSE:-}
 LIMIT=${LIMIT:-510}  # seconds in all, but for the table
 if [[ -n $REHEARSE ]]; then
@@ -25,7 +25,7 @@ OUT=$(cd "$OUT" && pwd)
 export OUT
 LOGS=$(mktemp -d)
 trap 'rm -rf "$LOGS"' EXIT
-rm -f "$OUT"/gpu{.json,.png,.log} "$OUT"/gpu-{environment,tuned}.json "$OUT/gpu-summary.txt"
+rm -f "$OUT"/gpu{.json,.png,.log} "$OUT"/gpu-{environment,tuned,breakdown,verify}.json "$OUT/gpu-summary.txt"
 touch "$OUT/gpu-summary.txt"
 
 left() { echo $((LIMIT - SECONDS)); }
@@ -63,26 +63,28 @@ build() {
         (cd "$scratch" && $PYTHON setup.py -q build_ext --inplace) && cp "$scratch"/tdkd/_C*.so tdkd/
 }
 
-run_pytest() {
-    $PYTHON -m pytest -q -p no:cacheprovider --durations=5 "$@"
-}
-
-gpu_tests() {
-    run_pytest tests/gpu
-    local status=$?
-    # without a GPU there is nothing to collect
-    [[ -n $REHEARSE && $status -eq 5 ]] && return 0
-    return $status
-}
-
-triton_tests() {
-    local options=()
+# Most of the time of a test is spent in the compiler, for which there are cores.
+tests() {
+    local options=(-q -p no:cacheprovider --durations=8) files=(tests/gpu tests/test_triton.py)
     if [[ -n $REHEARSE ]]; then
-        options=(-k "empty_shapes or infinite")
-    elif $PYTHON -c "import xdist" 2>/dev/null; then
-        options=(-n 8)  # most of the time is spent in the compiler
+        options+=(-k "empty_shapes or infinite")
+    else
+        $PYTHON -c "import xdist" 2>/dev/null && options+=(-n "$(($(nproc) > 14 ? 14 : $(nproc)))")
+        $PYTHON -c "import pytest_timeout" 2>/dev/null && options+=(--timeout 100)
     fi
-    run_pytest tests/test_triton.py "${options[@]}"
+    $PYTHON -m pytest "${options[@]}" "${files[@]}"
+}
+
+# Drawn cases, opcheck, gradcheck, torch.compile, memory.
+verify() {
+    local options=(--device "$DEVICE" --cases 20 --json "$OUT/gpu-verify.json")
+    [[ -n $REHEARSE ]] && options+=(--op soft_value)
+    $PYTHON -m tdkd verify "${options[@]}"
+}
+
+breakdown() {
+    [[ -n $REHEARSE ]] && return 77
+    $PYTHON benchmarks/breakdown.py --budget 40 --output "$OUT/gpu-breakdown.json"
 }
 
 # Every op once, small, forward and backward, under memcheck.
@@ -201,20 +203,21 @@ stage() {
 }
 
 export PYTHON REHEARSE LOGS
-FUNCTIONS=$(declare -f environment build run_pytest gpu_tests triton_tests sanitizer tune bench table)
+FUNCTIONS=$(declare -f environment build tests tune bench breakdown sanitizer verify table)
 stage environment 30
 stage build 80
-stage gpu_tests 150
+stage tests 200
 stage tune 80
 # what is left, but for those that follow
-BUDGET=$(($(left) - 120))
+BUDGET=${BUDGET:-$(($(left) - 130))}
 ((BUDGET > 230)) && BUDGET=230
 ((BUDGET < 60)) && BUDGET=60
 export BUDGET
 stage bench $((BUDGET + 30))
+stage breakdown 60
 # nothing is timed any more: these two share the machine
 stage sanitizer "$(left)" &
-stage triton_tests "$(left)" &
+stage verify "$(left)" &
 wait
 LIMIT=$((SECONDS + 25))
 stage table 25
