@@ -211,12 +211,12 @@ POINTERS = {
     "h_ptr": "fp32",
     "bias_ptr": "fp32",
     "list_ptr": "i32",
-    "found_ptr": "i64",
+    "found_ptr": "i32",
     "ids_ptr": "i32",
     "count_ptr": "i32",
 }
 FLOATS = {"slope", "slope_log2e", "unit", "inner", "outer", "reach", "share", "carry"}
-DIVISIBLE = {"outer_stride", "stride", "V", "chunk"}
+DIVISIBLE = {"outer_stride", "stride", "V", "chunk", "first_row", "groups"}
 
 
 def signature(job: Job, function: Any, constants: dict[str, Any]) -> tuple[dict[str, str], dict]:

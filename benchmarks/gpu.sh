@@ -25,7 +25,7 @@ OUT=$(cd "$OUT" && pwd)
 export OUT
 LOGS=$(mktemp -d)
 trap 'rm -rf "$LOGS"' EXIT
-rm -f "$OUT"/gpu{.json,.png,.log} "$OUT"/gpu-{environment,tuned,breakdown,verify}.json "$OUT/gpu-summary.txt"
+rm -f "$OUT"/gpu{.json,.png,.log} "$OUT"/gpu-{environment,tuned,breakdown}.json "$OUT/gpu-summary.txt"
 touch "$OUT/gpu-summary.txt"
 
 left() { echo $((LIMIT - SECONDS)); }
@@ -75,11 +75,17 @@ tests() {
     $PYTHON -m pytest "${options[@]}" "${files[@]}"
 }
 
-# Drawn cases, opcheck, gradcheck, torch.compile, memory.
+# Drawn cases, opcheck, gradcheck, torch.compile, memory: every op in a process of its own.
 verify() {
-    local options=(--device "$DEVICE" --cases 20 --json "$OUT/gpu-verify.json")
-    [[ -n $REHEARSE ]] && options+=(--op soft_value)
-    $PYTHON -m tdkd verify "${options[@]}"
+    local ops=(select_actions gather_q soft_value td_target linear_gather_q linear_log_probs td_loss)
+    local op pid status=0 pids=()
+    [[ -n $REHEARSE ]] && ops=(soft_value)
+    for op in "${ops[@]}"; do
+        $PYTHON -m tdkd verify --device "$DEVICE" --cases 12 --op "$op" &
+        pids+=($!)
+    done
+    for pid in "${pids[@]}"; do wait "$pid" || status=1; done
+    return $status
 }
 
 breakdown() {

@@ -143,6 +143,37 @@ class TDRows:
             expert_weight=None if self.expert_weight is None else self.expert_weight[index],
         )
 
+    def run(self, rows: slice) -> TDRows:
+        """Neighbours, of whose successors is only known whether there are any: for a loss that does
+        not look ahead."""
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[rows]
+
+        return replace(
+            self,
+            ids=self.ids[rows],
+            log_probs=self.log_probs[rows],
+            slot=self.slot[rows],
+            state=self.state[rows],
+            successor=self.successor[rows].clamp(max=-1),
+            occupancy=cut(self.occupancy),
+            target_value=cut(self.target_value),
+            state_value=cut(self.state_value),
+            expert_weight=cut(self.expert_weight),
+        )
+
+    def next_value(self, value: Tensor) -> Tensor:
+        """``[N]``: V' of each row's successor, of the target network where there is one."""
+        given = value if self.target_value is None else self.target_value.to(value.dtype)
+        # at gamma = 0 an infinite V' is of no concern
+        return next_value(given, self.successor if self.gamma else self.successor.clamp(max=-1))
+
+    def td_error(self, q: Tensor, following: Tensor) -> Tensor:
+        """``[N]``: Q of the taken token less gamma V'; 0 where V' is unknown."""
+        known = self.state & (self.successor != -2) if self.gamma else self.state
+        return torch.where(known, q - self.gamma * following, 0.0)
+
     def __call__(self, z: Tensor, log_rest: Tensor | None) -> RowTerms:
         """The terms of each row, from the student's scaled logits on the sets ``z [N, k]`` and the
         log of the mass outside ``[N]`` (None where nothing needs it)."""
@@ -166,15 +197,13 @@ class TDRows:
         blank = ~state.unsqueeze(-1)
         target = None if self.target_value is None else self.target_value.to(value.dtype)
         weight = None if self.expert_weight is None else self.expert_weight.to(value.dtype)
-        # at gamma = 0 an infinite V' is of no concern
-        reached = self.successor if self.gamma else self.successor.clamp(max=-1)
         rows = Rows(
             q=torch.where(blank, 0.0, z),
             log_probs=torch.where(blank, 0.0, self.log_probs.to(z.dtype)),
             valid=valid,
             slot=self.slot,
             value=value,
-            next_value=next_value(value if target is None else target, reached),
+            next_value=self.next_value(value),
             successor=self.successor,
             state=state,
             gamma=self.gamma,
@@ -192,7 +221,7 @@ class TDRows:
             )
         per_row = torch.where(self.counted, per_row, 0.0)
         q_taken = torch.where(state, rows.taken(rows.q), 0.0)
-        td_error = torch.where(rows.bootstrapped, q_taken - self.gamma * rows.next_value, 0.0)
+        td_error = self.td_error(q_taken, rows.next_value)
         mass = None if log_mass is None else log_mass.detach()
         return RowTerms(per_row, q_taken, value, td_error, _entropy(rows), mass)
 

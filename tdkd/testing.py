@@ -290,10 +290,11 @@ def ulps(got: Tensor, expected: Tensor, wanted: Tensor) -> float:
     """Largest excess of |got - wanted| over |expected - wanted|, in last places of ``wanted``.
 
     ``wanted`` is the float64 reference, ``expected`` the reference in the dtype of ``got``; entries
-    that are not finite must be equal.
+    that are not finite must be equal, and NaN where it is NaN.
     """
     finite = wanted.isfinite()
-    if not torch.equal(got[~finite].double(), wanted[~finite].double()):
+    odd, odd_wanted = got[~finite].double(), wanted[~finite].double()
+    if not ((odd == odd_wanted) | (odd.isnan() & odd_wanted.isnan())).all():
         return math.inf
     got, expected, wanted = (x[finite].double() for x in (got, expected, wanted))
     if not wanted.numel():

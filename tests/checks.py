@@ -7,6 +7,8 @@ from tdkd import ops
 from tdkd.kernels.student_rows import reference, student_rows
 from tdkd.testing import head_case, student_case, ulps
 
+CPU = torch.device("cpu")
+
 
 def check_refused(call, message):
     """Wrong input gets one line that says what the pattern says."""
@@ -15,7 +17,7 @@ def check_refused(call, message):
     assert "\n" not in str(caught.value)
 
 
-def check_student_rows(vocab, dtype, scale, weighted, device="cpu"):
+def check_student_rows(vocab, dtype, scale, weighted, device=CPU):
     """Values, log of the rest and gradient, of rows with and without weights."""
     case = student_case(vocab, dtype, weighted, seed=vocab)
     logits, ids, state, log_weight, grad_z, grad_rest = (
@@ -35,8 +37,10 @@ def check_student_rows(vocab, dtype, scale, weighted, device="cpu"):
     got = run(student_rows, logits)
     eager = run(reference.student_rows, logits)
     exact = run(reference.student_rows, logits.double())
-    assert ulps(got[0], eager[0], exact[0]) <= 2
-    assert ulps(got[1], eager[1], exact[1]) <= 4
+    # the tanh of GPU kernels is right to 1e-7, which a cap over a temperature multiplies
+    cap = 0.0 if scale.softcap is None or device.type == "cpu" else scale.softcap
+    assert ulps(got[0], eager[0], exact[0]) <= 2 + cap / scale.temperature
+    assert ulps(got[1], eager[1], exact[1]) <= 4 + cap / scale.temperature
     assert got[2].dtype == dtype
     assert got[2].isfinite().all()
     error = (got[2].double() - exact[2]).abs()

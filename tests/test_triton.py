@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from tdkd import ops
 from tdkd.kernels import tuning
+from tdkd.kernels.rows import scatter_warps
 from tdkd.kernels.student_rows import reference as student_rows_reference
 from tdkd.kernels.student_rows import student_rows
 from tdkd.kernels.tuning import Config
@@ -57,6 +58,17 @@ def test_the_kernels_are_those_of_triton():
     module = importlib.import_module("tdkd.kernels.soft_value.triton")
     kind = "JITFunction" if GPU else "InterpretedFunction"
     assert type(module._soft_value).__name__ == kind
+
+
+def test_every_launch_has_warps():
+    """The interpreter does not look at their number, and a GPU refuses 0."""
+    modules = ("select_actions", "student_rows", "soft_value")
+    select, student, soft = (importlib.import_module(f"tdkd.kernels.{m}.triton") for m in modules)
+    for k in range(1, 1025):
+        block = max(16, 1 << (k - 1).bit_length())
+        found = [select.blocks(k).warps, scatter_warps(block), soft._launch(k)["num_warps"]]
+        found += [student.finish_warps(block, groups) for groups in (16, 1024, 4096)]
+        assert set(found) <= {1, 2, 4, 8, 16}
 
 
 def check_selection(logits, k, top_p, **options):

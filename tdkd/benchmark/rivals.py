@@ -186,6 +186,20 @@ def _liger(case: Case) -> Run:
     return _from_hidden(case, loss)
 
 
+def _liger_fused(case: Case) -> Run:
+    try:
+        functional = importlib.import_module("liger_kernel.transformers.functional")
+    except ImportError as error:
+        raise Skip(f"cannot be imported: {error}") from error
+
+    def loss(
+        hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, tokens: Tensor
+    ) -> Tensor:
+        return functional.liger_fused_linear_jsd(hidden, weight, teacher, teacher_weight, tokens)
+
+    return _from_hidden(case, loss)
+
+
 def _from_hidden(case: Case, loss: Callable[..., Tensor]) -> Run:
     """A loss of hidden states and heads; these are the same in every call, being many products
     to one byte."""
@@ -347,6 +361,7 @@ RIVALS: dict[str, list[Rival]] = {
         # with the teacher's head
         Rival("tdkd, both heads", linear.both_heads, device="cuda"),
         Rival("Liger JSD, both heads", _liger, compiles=True, device="cuda"),
+        Rival("Liger fused JSD, both heads", _liger_fused, compiles=True, device="cuda"),
     ],
     "linear_log_probs": [
         Rival("copy", _copied, passes=2, device="cuda"),

@@ -109,6 +109,11 @@ class Gradients:
         if bias is not None and wanted[2]:
             self.bias = torch.zeros_like(bias, dtype=torch.float32)
 
+    def takes(self, head: Head) -> torch.dtype:
+        """In which dtype :meth:`add` has use for the gradient of a chunk's logits: that of the
+        products, but a bias sums it as it is."""
+        return head.weight.dtype if self.bias is None else torch.float32
+
     def add(self, grad: Tensor, rows: slice, hidden: Tensor, head: Head) -> None:
         """Adds the part of ``rows``, whose logits have the gradient ``grad``."""
         if self.bias is not None:
@@ -122,11 +127,15 @@ class Gradients:
 
     def result(self, *leaves: Tensor | None, factor: Tensor | None = None) -> list[Tensor | None]:
         """Of the leaves hidden, weight and bias, in their dtypes; times a factor, once."""
-        made = []
+        made: list[Tensor | None] = []
         if factor is not None and not factor.is_cuda and float(factor) == 1.0:
             factor = None  # spares a pass over the head's gradient
         for grad, leaf in zip((self.hidden, self.weight, self.bias), leaves, strict=True):
-            if grad is not None and factor is not None:
-                grad.mul_(factor)
-            made.append(None if grad is None or leaf is None else grad.to(leaf.dtype))
+            if grad is None or leaf is None:
+                made.append(None)
+            elif factor is None:
+                made.append(grad.to(leaf.dtype))
+            else:  # in one pass, and in place where that is possible
+                out = grad if grad.dtype == leaf.dtype else torch.empty_like(leaf)
+                made.append(torch.mul(grad, factor, out=out))
         return made

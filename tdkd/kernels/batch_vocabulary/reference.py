@@ -72,10 +72,11 @@ def batch_vocabulary(
     union = torch.zeros(vocab_size + 1, dtype=torch.bool, device=device)
     union[torch.where(ids < 0, vocab_size, ids.long()).flatten()] = True
     union = union[:vocab_size]
-    share = (~union).double()
-    if law is not None:
-        share = share * law.double()
-    chance = inclusion(share, extra)
+    outside = (~union).double()
+    if law is None:
+        chance = outside * (extra / outside.sum().clamp(min=1.0)).clamp(max=1.0)
+    else:
+        chance = inclusion(outside * law.double(), extra)
     chosen = systematic(chance, generator)
     weight = torch.where(union, 0.0, -chance.clamp(min=torch.finfo(torch.float64).tiny).log())
     held = union | chosen
@@ -98,19 +99,20 @@ def batch_vocabulary(
 
 
 def inclusion(share: Tensor, count: int) -> Tensor:
-    """Chances in [0, 1], proportional to ``share`` below 1, that add up to ``count``.
-
-    Each round sets those above 1 to 1 and gives what is left to the others. Where rounds end
-    too early the sum falls short; the chances are what they say all the same.
-    """
-    chance = torch.zeros_like(share)
-    capped = torch.zeros_like(share, dtype=torch.bool)
-    for _ in range(8):
-        rest = torch.where(capped, 0.0, share)
-        left = count - capped.sum()
-        chance = torch.where(capped, 1.0, rest * (left / rest.sum().clamp(min=1e-300)))
-        capped = capped | (chance >= 1.0)
-    return chance.clamp(max=1.0)
+    """Chances in [0, 1], proportional to ``share`` below 1, that add up to ``count``, or to the
+    number of columns with a share where there are fewer."""
+    if not share.numel():
+        return share
+    falling = share.sort(descending=True).values
+    left = count - torch.arange(share.numel(), device=share.device)
+    rest = falling.flip(0).cumsum(0).flip(0)
+    # the largest are certain as long as they ask for more of what is left than there is
+    certain = ((falling * left >= rest) & (falling > 0)).long().cumprod(0)
+    number = certain.sum()
+    least = torch.where(certain > 0, falling, torch.inf).amin()
+    at = number.clamp(max=share.numel() - 1)
+    ratio = left[at] / rest[at].clamp(min=1e-300)
+    return torch.where(share >= least, 1.0, share * ratio.clamp(min=0.0)).clamp(max=1.0)
 
 
 def systematic(chance: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from tdkd.kernels import head
 from tdkd.kernels.linear_rows.reference import on_vocabulary
-from tdkd.kernels.student_rows import student_rows_backward_
+from tdkd.kernels.student_rows import gradient_of_logits
 from tdkd.types import Scale, StudentRows, Vocabulary
 
 
@@ -93,10 +93,18 @@ def rows_backward(
     grads = head.Gradients(hidden, weight, bias, wanted)
     for rows in head.chunks(hidden, weight):
         logits = wide.logits(hidden[rows])
-        grad = student_rows_backward_(
-            grad_z[rows], grad_rest[rows], logits, ids[rows], log_rest[rows], scale, log_weight
+        grad = gradient_of_logits(
+            grad_z[rows],
+            grad_rest[rows],
+            logits,
+            ids[rows],
+            log_rest[rows],
+            scale,
+            log_weight,
+            grads.takes(wide),
         )
         grads.add(grad, rows, hidden, wide)
+        del grad  # before the next one is made
     return grads.result(hidden, weight, bias)
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from tdkd.kernels import head, routes
 from tdkd.kernels.linear_rows import rows_backward, rows_of
 from tdkd.kernels.linear_rows.reference import on_vocabulary
-from tdkd.kernels.student_rows import student_rows_backward_
+from tdkd.kernels.student_rows import gradient_of_logits
 from tdkd.td_rows import RowTerms, TDRows
 from tdkd.types import Scale, Vocabulary
 
@@ -66,23 +66,39 @@ class _Loss(torch.autograd.Function):
             early = torch.maximum(start, end).unique()
             options = scale, log_weight, factors
             z[early], rest[early] = rows_of(hidden[early], weight, bias, ids[early], *options)
+        made = []
         for chunk in head.chunks(hidden, weight):
             logits = wide.logits(hidden[chunk])
             z[chunk], rest[chunk] = torch.ops.tdkd.student_rows(
                 logits, ids[chunk], *scale, log_weight, None
             )
-            inside = torch.arange(chunk.start, chunk.stop, device=hidden.device)
-            index = inside
             if start.numel():
                 number = chunk.start // step
                 others = torch.cat([start[end // step == number], end[start // step == number]])
+                inside = torch.arange(chunk.start, chunk.stop, device=hidden.device)
                 index = torch.cat([inside, others.unique()])
-            grad_z, grad_rest = _gradients(rows, index, inside.numel(), z, rest, divisor)
-            grad = student_rows_backward_(
-                grad_z, grad_rest, logits, ids[chunk], rest[chunk], scale, log_weight
+                part, given = rows.take(index), (z[index], rest[index])
+            else:
+                part = rows if chunk.stop - chunk.start == count else rows.run(chunk)
+                given = z[chunk], rest[chunk]
+            terms, by_z, by_rest = _gradients(part, chunk.stop - chunk.start, *given, divisor)
+            made.append(terms)
+            grad = gradient_of_logits(
+                by_z,
+                by_rest,
+                logits,
+                ids[chunk],
+                rest[chunk],
+                scale,
+                log_weight,
+                grads.takes(wide),
             )
             grads.add(grad, chunk, hidden, wide)
-        terms = rows(z, rest.float())
+            del grad  # before the next one is made
+        terms = _joined(made)
+        if len(made) > 1:  # a chunk does not know every successor
+            error = rows.td_error(terms.q, rows.next_value(terms.value))
+            terms = terms._replace(td_error=error)
         ctx.save_for_backward(hidden, weight, bias, ids, log_weight, z, rest)
         # float32 until the gradient of the loss is there, which may be a scale against underflow
         ctx.made = grads
@@ -128,18 +144,29 @@ class _Loss(torch.autograd.Function):
 
 
 def _gradients(
-    rows: TDRows, index: Tensor, inside: int, z: Tensor, rest: Tensor, divisor: Tensor | float
-) -> tuple[Tensor, Tensor]:
-    """What the loss wants of the first ``inside`` of the rows at ``index``; the others are their
-    predecessors, whose loss counts too, and their successors."""
-    part = rows.take(index)
-    mine = torch.arange(index.numel(), device=index.device) < inside
-    mine |= (part.successor >= 0) & (part.successor < inside)
+    part: TDRows, inside: int, z: Tensor, rest: Tensor, divisor: Tensor | float
+) -> tuple[RowTerms, Tensor, Tensor]:
+    """The terms of the first ``inside`` rows, and what the loss wants of their ``z`` and ``rest``;
+    the others are their predecessors, whose loss counts too, and their successors."""
     with torch.enable_grad():
-        z, rest = z[index].requires_grad_(), rest[index].requires_grad_()
-        loss = torch.where(mine, part(z, rest.float()).loss, 0.0).sum() / divisor
-        by_z, by_rest = torch.autograd.grad(loss, (z, rest), materialize_grads=True)
-    return by_z[:inside], by_rest[:inside]
+        z, rest = z.detach().requires_grad_(), rest.detach().requires_grad_()
+        terms = part(z, rest.float())
+        loss = terms.loss
+        if z.shape[0] > inside:
+            mine = torch.arange(z.shape[0], device=z.device) < inside
+            mine |= (part.successor >= 0) & (part.successor < inside)
+            loss = torch.where(mine, loss, 0.0)
+        by_z, by_rest = torch.autograd.grad(loss.sum() / divisor, (z, rest), materialize_grads=True)
+    own = [None if x is None else x.detach()[:inside] for x in terms]
+    return RowTerms(*own), by_z[:inside], by_rest[:inside]  # type: ignore[arg-type]
+
+
+def _joined(parts: list[RowTerms]) -> RowTerms:
+    """Of all chunks, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = zip(*parts, strict=True)
+    return RowTerms(*[None if x[0] is None else torch.cat(x) for x in columns])  # type: ignore[arg-type]
 
 
 def linear_loss(

@@ -6,6 +6,8 @@ since an element outside is beaten by one of each of them. The second kernel, on
 those groups, reads them again, and sorts the few elements that reach the k-th largest maximum.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,12 +25,16 @@ from tdkd.kernels.rows import (
     numbers,
     on_device,
     ordered,
+    processors,
     row_base,
     scaled,
     split,
 )
 from tdkd.types import Scale
 
+PART_ROWS = 8
+"""Rows a multiprocessor in the smallest part that is streamed and selected from by itself."""
+MOST_PARTS = 4
 _SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 _REACHED = 1.0 - 1e-5  # as in the reference: a prefix reaches top_p within this factor
 
@@ -67,6 +73,7 @@ def _stream(
     group_ptr,
     level_ptr,
     total_ptr,
+    first_row,
     V,
     splits,
     chunk,
@@ -81,7 +88,7 @@ def _stream(
     STAGES: tl.constexpr,
 ):
     TILE: tl.constexpr = BLOCK // GROUP
-    program = tl.program_id(0)
+    program = first_row * splits + tl.program_id(0)
     row = program // splits
     begin = (program % splits) * chunk
     end = tl.minimum(begin + chunk, V)
@@ -114,21 +121,59 @@ def _stream(
 
 
 @triton.jit
-def _candidates(
-    x_ptr, list_ptr, i, n, V, GROUP: tl.constexpr, LISTED: tl.constexpr, SHIFT: tl.constexpr
-):
-    """Keys and columns of candidates i < n: elements of x, or (LISTED) of the groups in a list."""
-    if LISTED:
-        group = tl.load(list_ptr + i // GROUP, mask=i < n, other=0)
-        column = group * GROUP + i % GROUP
+def _candidates(x_ptr, list_ptr, first, n, V, CHUNK: tl.constexpr, GROUP: tl.constexpr):
+    """Values and columns of candidates first <= i < n, CHUNK of them: elements of x, or, where
+    GROUP > 1, of the groups in a list; -inf where there are no more."""
+    if GROUP > 1:
+        g = first // GROUP + tl.arange(0, CHUNK // GROUP)
+        live = g < n // GROUP
+        group = tl.load(list_ptr + g, mask=live, other=0)
+        tile = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        x = tl.load(x_ptr + tile, mask=live[:, None] & (tile < V), other=float("-inf"))
+        column = tl.reshape(tile, [CHUNK])
+        x = tl.reshape(x, [CHUNK])
     else:
-        column = i
-    x = tl.load(x_ptr + column, mask=(i < n) & (column < V), other=float("-inf")).to(tl.float32)
-    return ordered(x, SHIFT), x > float("-inf"), column
+        column = first + tl.arange(0, CHUNK)
+        x = tl.load(x_ptr + column, mask=column < n, other=float("-inf"))
+    return x.to(tl.float32), column
 
 
 @triton.jit
-def _append(
+def _float_of(key, SHIFT: tl.constexpr):
+    """The least float whose key is no smaller, of those that are logits: not -inf."""
+    bits = key << SHIFT
+    x = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return tl.where(x >= LOWEST, x, LOWEST)
+
+
+@triton.jit
+def _filter(
+    x_ptr,
+    list_ptr,
+    n,
+    V,
+    least,
+    found_ptr,
+    CHUNK: tl.constexpr,
+    CAP: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Stores the columns of the first CAP candidates x >= least, in order; returns how many there
+    are."""
+    count = 0
+    for first in range(0, n, CHUNK):
+        x, column = _candidates(x_ptr, list_ptr, first, n, V, CHUNK, GROUP)
+        hit = x >= least
+        flags = hit.to(tl.int32)
+        upto = tl.cumsum(flags, 0)
+        place = count + upto - flags
+        tl.store(found_ptr + place, column, mask=hit & (place < CAP))
+        count += tl.max(upto, 0)
+    return count
+
+
+@triton.jit
+def _filter_ties(
     x_ptr,
     list_ptr,
     n,
@@ -139,16 +184,15 @@ def _append(
     CHUNK: tl.constexpr,
     CAP: tl.constexpr,
     GROUP: tl.constexpr,
-    LISTED: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """Stores the first CAP candidates above t or (the first ``room``) equal to it, in order, packed
-    such that they sort by key descending, then by column; returns how many there are."""
-    i = tl.arange(0, CHUNK)
+    """The same of candidates with keys above t and, of those that equal it, the first ``room``."""
     kept_before = 0
     equal_before = 0
     for first in range(0, n, CHUNK):
-        key, eligible, column = _candidates(x_ptr, list_ptr, first + i, n, V, GROUP, LISTED, SHIFT)
+        x, column = _candidates(x_ptr, list_ptr, first, n, V, CHUNK, GROUP)
+        key = ordered(x, SHIFT)
+        eligible = x > float("-inf")
         above = eligible & (key > t)
         equal = eligible & (key == t)
         # both counts in one scan and one sum: a chunk is shorter than 2^15
@@ -158,8 +202,7 @@ def _append(
         rank = before >> 16
         place = kept_before + (before & 0xFFFF) + tl.minimum(rank, space)
         stored = (above | (equal & (rank < space))) & (place < CAP)
-        packed = ((~key).to(tl.int64) << 32) | column.to(tl.int64)
-        tl.store(found_ptr + place, packed, mask=stored)
+        tl.store(found_ptr + place, column, mask=stored)
         counts = tl.sum(flags, 0)
         kept_before += (counts & 0xFFFF) + tl.minimum(counts >> 16, space)
         equal_before += counts >> 16
@@ -168,45 +211,58 @@ def _append(
 
 @triton.jit
 def _count(
-    x_ptr,
-    list_ptr,
-    n,
-    V,
-    least,
-    CHUNK: tl.constexpr,
-    GROUP: tl.constexpr,
-    LISTED: tl.constexpr,
-    SHIFT: tl.constexpr,
+    x_ptr, list_ptr, n, V, least, CHUNK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr
 ):
     """Candidates with keys >= least."""
-    i = tl.arange(0, CHUNK)
     count = tl.zeros([CHUNK], tl.int32)
     for first in range(0, n, CHUNK):
-        key, eligible, _ = _candidates(x_ptr, list_ptr, first + i, n, V, GROUP, LISTED, SHIFT)
-        count += (eligible & (key >= least)).to(tl.int32)
+        x, _ = _candidates(x_ptr, list_ptr, first, n, V, CHUNK, GROUP)
+        count += ((x > float("-inf")) & (ordered(x, SHIFT) >= least)).to(tl.int32)
     return tl.sum(count, 0)
 
 
 @triton.jit
 def _search(
+    x_ptr, list_ptr, n, V, k, CHUNK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr
+):
+    """kth_largest over candidates in memory, and how many of those that equal it are wanted."""
+    count = _count(x_ptr, list_ptr, n, V, 0, CHUNK, GROUP, SHIFT)
+    t = tl.where(count >= k, 0, -(1 << (31 - SHIFT)))
+    for b in range(31 - SHIFT):
+        candidate = t + (1 << (30 - SHIFT - b))
+        count = _count(x_ptr, list_ptr, n, V, candidate, CHUNK, GROUP, SHIFT)
+        t = tl.where(count >= k, candidate, t)
+    return t, k - _count(x_ptr, list_ptr, n, V, t + 1, CHUNK, GROUP, SHIFT)
+
+
+@triton.jit
+def _reach(
     x_ptr,
     list_ptr,
     n,
     V,
+    t,
     k,
+    found_ptr,
     CHUNK: tl.constexpr,
+    CAP: tl.constexpr,
     GROUP: tl.constexpr,
-    LISTED: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """kth_largest over candidates in memory, and how many of those that equal it are wanted."""
-    count = _count(x_ptr, list_ptr, n, V, 0, CHUNK, GROUP, LISTED, SHIFT)
-    t = tl.where(count >= k, 0, -(1 << (31 - SHIFT)))
-    for b in range(31 - SHIFT):
-        candidate = t + (1 << (30 - SHIFT - b))
-        count = _count(x_ptr, list_ptr, n, V, candidate, CHUNK, GROUP, LISTED, SHIFT)
-        t = tl.where(count >= k, candidate, t)
-    return t, k - _count(x_ptr, list_ptr, n, V, t + 1, CHUNK, GROUP, LISTED, SHIFT)
+    """Stores the columns of candidates with keys >= t, a bound from below on the k-th largest:
+    enough for the k largest (ties: the first), and at most CAP; returns how many there are."""
+    found = _filter(x_ptr, list_ptr, n, V, _float_of(t, SHIFT), found_ptr, CHUNK, CAP, GROUP)
+    if found > CAP:  # many that are equal, or a bound that is far off
+        tl.debug_barrier()
+        found = _filter_ties(x_ptr, list_ptr, n, V, t, k, found_ptr, CHUNK, CAP, GROUP, SHIFT)
+        if found > CAP:
+            t, room = _search(x_ptr, list_ptr, n, V, k, CHUNK, GROUP, SHIFT)
+            tl.debug_barrier()
+            found = _filter_ties(
+                x_ptr, list_ptr, n, V, t, room, found_ptr, CHUNK, CAP, GROUP, SHIFT
+            )
+    tl.debug_barrier()
+    return found
 
 
 @triton.jit
@@ -225,6 +281,7 @@ def _select(
     ids_ptr,
     log_probs_ptr,
     count_ptr,
+    first_row,
     V,
     splits,
     groups,
@@ -242,7 +299,7 @@ def _select(
     SPLITS: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    row = tl.program_id(0)
+    row = first_row + tl.program_id(0)
     wide = row.to(tl.int64)
     x_ptr += row_base(row, inner_rows, outer_stride, stride)
     group_ptr += wide * groups
@@ -270,34 +327,23 @@ def _select(
     t = kth_largest(ordered(best, SHIFT), k, SHIFT)
 
     # the k groups with the largest maxima, in order
-    n = _append(group_ptr, list_ptr, groups, groups, t, k, found_ptr, CHUNK, CAP, 1, False, SHIFT)
-    if n > CAP:
-        t, room = _search(group_ptr, list_ptr, groups, groups, k, CHUNK, 1, False, SHIFT)
-        tl.debug_barrier()
-        n = _append(
-            group_ptr, list_ptr, groups, groups, t, room, found_ptr, CHUNK, CAP, 1, False, SHIFT
-        )
-    tl.debug_barrier()
+    n = _reach(group_ptr, list_ptr, groups, groups, t, k, found_ptr, CHUNK, CAP, 1, SHIFT)
     m = tl.arange(0, CAP)
-    LAST: tl.constexpr = 0x7FFFFFFFFFFFFFFF
-    packed = tl.load(found_ptr + m, mask=m < n, other=LAST)
-    key = ~(packed >> 32).to(tl.int32)
+    group = tl.load(found_ptr + m, mask=m < n, other=0)
+    maxima = tl.load(group_ptr + group, mask=m < n, other=float("-inf")).to(tl.float32)
+    key = ordered(maxima, SHIFT)
     t = kth_largest(key, k, SHIFT)
     kept, place = keep_largest(key, m < n, t, k)
-    tl.store(list_ptr + place, (packed & 0xFFFFFFFF).to(tl.int32), mask=kept)
+    tl.store(list_ptr + place, group, mask=kept)
     looked = tl.sum(kept.to(tl.int32), 0) * GROUP
     tl.debug_barrier()
 
-    # their elements that reach the k-th largest maximum
-    n = _append(x_ptr, list_ptr, looked, V, t, k, found_ptr, CHUNK, CAP, GROUP, True, SHIFT)
-    if n > CAP:
-        t, room = _search(x_ptr, list_ptr, looked, V, k, CHUNK, GROUP, True, SHIFT)
-        tl.debug_barrier()
-        n = _append(x_ptr, list_ptr, looked, V, t, room, found_ptr, CHUNK, CAP, GROUP, True, SHIFT)
-    tl.debug_barrier()
-
-    # by key descending, then id ascending
-    packed = tl.sort(tl.load(found_ptr + m, mask=m < n, other=LAST))
+    # their elements that reach the k-th largest maximum, by key descending, then id ascending
+    n = _reach(x_ptr, list_ptr, looked, V, t, k, found_ptr, CHUNK, CAP, GROUP, SHIFT)
+    ids = tl.load(found_ptr + m, mask=m < n, other=0)
+    x = tl.load(x_ptr + ids, mask=m < n, other=float("-inf")).to(tl.float32)
+    packed = ((~ordered(x, SHIFT)).to(tl.int64) << 32) | ids.to(tl.int64)
+    packed = tl.sort(tl.where(m < n, packed, 0x7FFFFFFFFFFFFFFF))
     ids = (packed & 0xFFFFFFFF).to(tl.int32)
     n = tl.minimum(n, k)
     x = tl.load(x_ptr + ids, mask=m < n, other=float("-inf")).to(tl.float32)
@@ -345,7 +391,7 @@ class Blocks(NamedTuple):
 def blocks(k: int) -> Blocks:
     cap = 2 * triton.next_power_of_2(max(k, 32))
     chunk = 2 * cap
-    return Blocks(cap, chunk, min(16, chunk // 256))
+    return Blocks(cap, chunk, max(1, min(16, chunk // 256)))
 
 
 def select_actions(
@@ -372,22 +418,28 @@ def select_actions(
     scale = numbers(Scale(temperature, softcap, logit_scale))
     held = blocks(k)
     group = group_size(vocab, k)
-    groups = triton.cdiv(vocab, group)
     launch = tuning.config("select_stream", device, scale.capped or not rows.aligned)
+    # a multiple of 16, so that a row's maxima can be read 16 bytes at once; the last tile writes
+    # those beyond the vocabulary, which are -inf
+    multiple = min(16, launch.block // group)
+    groups = triton.cdiv(triton.cdiv(vocab, group), multiple) * multiple
     splits, chunk = split(n, vocab, launch.block, device)
     maxima = torch.empty(n, groups, dtype=logits.dtype, device=device)
     level, total = torch.empty(2, n, splits, dtype=torch.float32, device=device)
     listed = torch.empty(n, held.cap, dtype=torch.int32, device=device)
-    found = torch.empty(n, held.cap, dtype=torch.int64, device=device)
+    found = torch.empty(n, held.cap, dtype=torch.int32, device=device)
     live = count if state is None else state.contiguous()
-    with on_device(logits):
-        _stream[(n * splits,)](
+    taken = count if include is None else include.contiguous()
+
+    def stream(first: int, some: int) -> None:
+        _stream[(some * splits,)](
             rows.data,
             *rows.layout,
             live,
             maxima,
             level,
             total,
+            first,
             vocab,
             splits,
             chunk,
@@ -402,11 +454,13 @@ def select_actions(
             STAGES=launch.num_stages,
             num_warps=launch.num_warps,
         )
-        _select[(n,)](
+
+    def select(first: int, some: int) -> None:
+        _select[(some,)](
             rows.data,
             *rows.layout,
             live,
-            count if include is None else include.contiguous(),
+            taken,
             maxima,
             level,
             total,
@@ -415,6 +469,7 @@ def select_actions(
             ids,
             log_probs,
             count,
+            first,
             vocab,
             splits,
             groups,
@@ -433,4 +488,46 @@ def select_actions(
             SHIFT=_SHIFT[logits.dtype],
             num_warps=held.warps,
         )
+
+    with on_device(logits):
+        parts = row_parts(n, device)
+        if len(parts) == 1:
+            stream(0, n)
+            select(0, n)
+        else:
+            _overlapped(parts, stream, select, device)
     return ids, log_probs, count
+
+
+def row_parts(rows: int, device: torch.device) -> list[tuple[int, int]]:
+    """``(first row, rows)`` of what is streamed at a time, while the part before is selected from.
+
+    Few rows make a single part: each is to fill the device several times.
+    """
+    least = PART_ROWS * processors(device) if device.type == "cuda" else rows
+    parts = max(1, min(MOST_PARTS, rows // max(1, least)))
+    size = triton.cdiv(rows, parts)
+    return [(first, min(size, rows - first)) for first in range(0, rows, size)]
+
+
+def _overlapped(
+    parts: list[tuple[int, int]],
+    stream: Callable[[int, int], None],
+    select: Callable[[int, int], None],
+    device: torch.device,
+) -> None:
+    """A stream waits for memory, and a selection for its own arithmetic: side by side they take
+    little more than the longer of the two. Nothing outlives the call on the second CUDA stream."""
+    here, beside = torch.cuda.current_stream(device), _second_stream(device)
+    for part in parts:
+        stream(*part)
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            select(*part)
+    here.wait_stream(beside)
+
+
+@functools.cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of high priority: what becomes free goes to the rows that are nearly done."""
+    return torch.cuda.Stream(device, priority=-1)

@@ -26,6 +26,10 @@ LIBRARY.define(
     "student_rows_backward_(Tensor grad_z, Tensor grad_rest, Tensor(a!) logits, Tensor ids, "
     f"Tensor log_rest, {_OPTIONS}) -> ()"
 )
+LIBRARY.define(
+    "student_rows_backward_as(Tensor grad_z, Tensor grad_rest, Tensor logits, Tensor ids, "
+    f"Tensor log_rest, {_OPTIONS}, ScalarType dtype) -> Tensor"
+)
 fake(
     "student_rows",
     lambda logits, ids, *options: (
@@ -38,7 +42,17 @@ fake(
     lambda grad_z, grad_rest, logits, ids, log_rest, *options: logits.new_empty(logits.shape),
 )
 fake("student_rows_backward_", lambda *arguments: None)
-on_gpu(__name__, "student_rows", "student_rows_backward", "student_rows_backward_")
+fake(
+    "student_rows_backward_as",
+    lambda grad_z, grad_rest, logits, *rest: logits.new_empty(logits.shape, dtype=rest[-1]),
+)
+on_gpu(
+    __name__,
+    "student_rows",
+    "student_rows_backward",
+    "student_rows_backward_",
+    "student_rows_backward_as",
+)
 
 
 class _StudentRows(torch.autograd.Function):
@@ -80,7 +94,7 @@ def student_rows(
     return StudentRows(z, log_rest.float())
 
 
-def student_rows_backward_(
+def gradient_of_logits(
     grad_z: Tensor,
     grad_rest: Tensor,
     logits: Tensor,
@@ -88,8 +102,12 @@ def student_rows_backward_(
     log_rest: Tensor,
     scale: Scale,
     log_weight: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The gradient of contiguous ``logits``, in their place."""
+    """Of contiguous float32 ``logits`` that nobody needs any more: in their place, or in a tensor
+    of its own where a GPU is to write it in fewer bits."""
     options = grad_z, grad_rest, logits, ids, log_rest, *scale, log_weight, None
+    if logits.is_cuda and dtype != logits.dtype:
+        return torch.ops.tdkd.student_rows_backward_as(*options, dtype)
     torch.ops.tdkd.student_rows_backward_(*options)
     return logits

@@ -407,7 +407,26 @@ def student_rows_backward(
     log_weight: Tensor | None,
     state: Tensor | None,
 ) -> Tensor:
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    options = temperature, softcap, logit_scale, log_weight, state
+    return student_rows_backward_as(
+        grad_z, grad_rest, logits, ids, log_rest, *options, logits.dtype
+    )
+
+
+def student_rows_backward_as(
+    grad_z: Tensor,
+    grad_rest: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    log_rest: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    log_weight: Tensor | None,
+    state: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    grad = torch.empty(logits.shape, dtype=dtype, device=logits.device)
     scale = numbers(Scale(temperature, softcap, logit_scale))
     _write_gradient(grad, grad_z, grad_rest, logits, ids, log_rest, scale, log_weight, state)
     return grad
