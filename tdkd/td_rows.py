@@ -31,7 +31,8 @@ class RowTerms(NamedTuple):
     log_mass: Tensor | None
 
 
-@dataclass(frozen=True)
+# compared by identity: torch 2.11's compiler hashes what it calls, before it has fields
+@dataclass(frozen=True, eq=False)
 class TDRows:
     """N rows with all that a TD loss needs but the student's values; :meth:`of` makes them."""
 
