@@ -180,7 +180,12 @@ GPU_OPS = {
     "gather_q": ("gather_q", "gather_q_backward"),
     "linear_gather_q": ("head_products", "head_products_backward"),
     "soft_value": ("soft_value", "soft_value_backward"),
-    "student_rows": ("student_rows", "student_rows_backward", "student_rows_backward_"),
+    "student_rows": (
+        "student_rows",
+        "student_rows_backward",
+        "student_rows_backward_",
+        "student_rows_backward_as",
+    ),
     "td_target": ("td_target", "td_target_backward"),
 }
 """Where the Triton kernels live, and which ops each home implements."""
@@ -234,8 +239,11 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def raw_ops(device: torch.device | None = None) -> dict[str, tuple[Any, ...]]:
-    """Every operator that the ops call on the device, with arguments for `opcheck`."""
+def raw_ops(
+    device: torch.device | None = None, *, triton: bool | None = None
+) -> dict[str, tuple[Any, ...]]:
+    """Every operator that the ops call on the device (``triton``: of GPUs, wherever they run), with
+    arguments for `opcheck`."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -248,7 +256,11 @@ def raw_ops(device: torch.device | None = None) -> dict[str, tuple[Any, ...]]:
     successor = torch.tensor([1, 2, -1, 4, -2, -2], device=device)
     few, scale = ids[0].remainder(4), (1.3, 5.0, 0.9)
     backward = (grad_z, rest.double(), x, ids, rest.double(), *scale, None, None)
+    on_gpus = {"student_rows_backward_as": (*backward, torch.bfloat16)}
+    if triton is None:
+        triton = device is not None and device.type == "cuda"
     return {
+        **(on_gpus if triton else {}),
         "select_actions": (x, 5, 0.9, *scale, ids[..., 0], state),
         "gather_q": (x, ids, *scale),
         "gather_q_backward": (grad_z, x, ids, *scale),

@@ -1,5 +1,6 @@
 """What only a GPU can show: big shapes, graphs, streams, determinism, and no host sync."""
 
+import importlib
 import random
 
 import pytest
@@ -45,6 +46,20 @@ def test_every_kind_of_row(kind, dtype):
 def test_the_largest_vocabulary(k):
     logits = make_logits("peaked", 128, 262_144, torch.bfloat16, generator(k))
     check_rows(logits, k, 1.0, slice(None))
+
+
+@pytest.mark.parametrize("rows", [5003, 8192])
+def test_many_rows_are_selected_from_beside_the_stream(rows):
+    parts = importlib.import_module("tdkd.kernels.select_actions.triton").row_parts(rows, GPU)
+    assert len(parts) > 1
+    logits = make_logits("peaked", rows, 4096, torch.bfloat16, generator(rows))
+    check_rows(logits, 64, 0.9, slice(None))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.select_actions(logits, 64, 0.9)
+    logits.copy_(logits.flip(0))
+    graph.replay()
+    assert torch.equal(captured.ids, ops.select_actions(logits, 64, 0.9).ids)
 
 
 def test_more_than_two_to_the_31_logits():
