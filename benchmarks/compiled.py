@@ -58,7 +58,9 @@ KERNELS = (
     "td_gradients",
     "head_products",
     "head_by_hidden",
+    "head_lay_out",
     "head_by_head",
+    "head_join",
 )
 
 BUDGETS = {
@@ -69,6 +71,7 @@ BUDGETS = {
     # kernels without a main loop
     "select": (None, None, 128),
     "student_finish": (None, None, 64),
+    "head_products": (None, None, 80),
 }
 """At full bandwidth an H100 can issue 19.7 instructions in the time of one bfloat16 logit, twice as
 many in that of a float32 one. Registers are such that at least 16 warps fit a multiprocessor."""
@@ -118,7 +121,9 @@ def jobs(targets: list[str]) -> Iterator[Job]:
     """Every kernel: all dtypes, large sets and variants on sm_90, bfloat16 elsewhere."""
     for target in targets:
         for kernel, dtype in itertools.product(KERNELS, DTYPES):
-            if dtype == "bfloat16" or (target == "sm_90" and kernel in BY_DTYPE):
+            if dtype == "bfloat16" or (
+                target == "sm_90" and kernel.startswith((*BY_DTYPE, "head"))
+            ):
                 yield Job(kernel, dtype, target)
         if target == "sm_90":
             yield Job("select", "bfloat16", target, 1024)
@@ -168,13 +173,16 @@ def kernel_of(job: Job) -> tuple[Any, dict[str, Any], int, int]:
         "td_spread": td_target._spread,
         "td_gradients": td_target._gradients,
     }
-    head = {"SLOTS": linear_gather_q._SLOTS, "COLUMNS": linear_gather_q._COLUMNS}
-    if job.kernel == "head_products":
-        return linear_gather_q._products, {"HAS_BIAS": True} | head, 4, 0
-    if job.kernel == "head_by_hidden":
-        return linear_gather_q._by_hidden, head, 4, 0
-    if job.kernel == "head_by_head":
-        return linear_gather_q._by_head, {"COLUMNS": linear_gather_q._COLUMNS}, 4, 0
+    if job.kernel.startswith("head"):
+        function = getattr(linear_gather_q, job.kernel.removeprefix("head"))
+        columns = {"COLUMNS": linear_gather_q.columns_of(getattr(torch, job.dtype))}
+        tile = {"TILE": linear_gather_q.TILE}
+        extra = {
+            "head_products": columns | {"HAS_BIAS": True, "SLOTS": linear_gather_q.PRODUCT_SLOTS},
+            "head_by_hidden": columns | {"SLOTS": linear_gather_q.SLOTS},
+            "head_lay_out": tile,
+        }.get(job.kernel, columns | tile)
+        return function, extra, linear_gather_q.WARPS, 0
     if job.kernel in steps:
         return steps[job.kernel], {"BLOCK": td_target._BLOCK}, 4, 0
     assert job.kernel == "td_step"
@@ -208,7 +216,11 @@ POINTERS = {
     "taken_ptr": "i64",
     "members_ptr": "i64",
     "slot_ptr": "i64",
-    "h_ptr": "fp32",
+    "row_ptr": "i32",
+    "g_ptr": "fp32",
+    "begin_ptr": "i32",
+    "room_ptr": "fp32",
+    "bias_room_ptr": "fp32",
     "bias_ptr": "fp32",
     "list_ptr": "i32",
     "found_ptr": "i32",
@@ -216,19 +228,20 @@ POINTERS = {
     "count_ptr": "i32",
 }
 FLOATS = {"slope", "slope_log2e", "unit", "inner", "outer", "reach", "share", "carry"}
-DIVISIBLE = {"outer_stride", "stride", "V", "chunk", "first_row", "groups"}
+DIVISIBLE = {"outer_stride", "stride", "w_stride", "h_stride", "V", "H", "chunk", "first_row"}
 
 
 def signature(job: Job, function: Any, constants: dict[str, Any]) -> tuple[dict[str, str], dict]:
     """Types of the arguments, and which are divisible by 16, as a launch would find them."""
     types, divisible = {}, {}
+    divided = DIVISIBLE | ({"groups"} if job.kernel.startswith("select") else set())
     for i, name in enumerate(function.arg_names):
         if name in constants:
             types[name] = "constexpr"
         elif name in ("grad_ptr", "total_ptr", "value_ptr") and job.kernel.startswith("td_"):
             types[name] = "*fp32"
-        elif name == "out_ptr" or (name == "weight_ptr" and job.kernel == "head_by_head"):
-            types[name] = "*fp32" if name == "out_ptr" else "*" + DTYPES[job.dtype]
+        elif name in ("out_ptr", "weight_ptr") and job.kernel.startswith("head"):
+            types[name] = "*" + DTYPES[job.dtype]
         elif name == "order_ptr":
             types[name] = "*i64" if job.kernel == "scatter" else "*i32"
         elif name == "grad_ptr" and job.kernel.startswith(("soft_value_grad", "head")):
@@ -240,7 +253,7 @@ def signature(job: Job, function: Any, constants: dict[str, Any]) -> tuple[dict[
         else:
             types[name] = "constexpr" if job.variant == "ones" else "i32"
         if job.variant != "odd" and (
-            name.endswith("_ptr") or (name in DIVISIBLE and not job.variant)
+            name.endswith("_ptr") or (name in divided and not job.variant)
         ):
             divisible[(i,)] = [["tt.divisibility", 16]]
     return types, divisible

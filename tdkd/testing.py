@@ -287,6 +287,7 @@ def interpreted() -> Iterator[None]:
         raise UserError("device: expected cuda, or TRITON_INTERPRET=1 in the environment, got cpu")
     library = torch.library.Library("tdkd", "IMPL")
     missing, backends.MISSING = backends.MISSING, None
+    backends.HALF_HIDDEN.add("cpu")
     try:
         for home, names in GPU_OPS.items():
             module = importlib.import_module(f"tdkd.kernels.{home}.triton")
@@ -295,6 +296,7 @@ def interpreted() -> Iterator[None]:
         yield
     finally:
         backends.MISSING = missing
+        backends.HALF_HIDDEN.discard("cpu")
         library._destroy()
 
 

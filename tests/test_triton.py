@@ -11,7 +11,7 @@ from torch.library import opcheck
 pytest.importorskip("triton")
 
 from tdkd import ops
-from tdkd.kernels import tuning
+from tdkd.kernels import routes, tuning
 from tdkd.kernels.rows import scatter_warps
 from tdkd.kernels.student_rows import reference as student_rows_reference
 from tdkd.kernels.student_rows import student_rows
@@ -292,7 +292,106 @@ def test_a_gradient_in_fewer_bits_is_the_same_rounded(scale, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 8, 70, 576])
 def test_linear_gather_q(width, dtype, scale):
-    check_linear_gather_q(width, dtype, scale, DEVICE)
+    with routes.forced("gather"):
+        check_linear_gather_q(width, dtype, scale, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 576])
+def test_linear_gather_q_from_the_whole_head(width, dtype):
+    with routes.forced("products"):
+        check_linear_gather_q(width, dtype, SCALES[2], DEVICE, rounded=True)
+
+
+TILE = 128
+
+
+def check_head_gradients(ids, vocab, width, dtype=torch.float32, head_dtype=None):
+    """The raw op against sums in float64: two runs give the same bits, and other rows are zero."""
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight, grad = (
+        torch.randn(shape, generator=generator).to(DEVICE, kind)
+        for shape, kind in (
+            ((ids.shape[0], width), dtype),
+            ((vocab, width), head_dtype or dtype),
+            (ids.shape, torch.float32),
+        )
+    )
+    ids = ids.to(DEVICE)
+    given = grad, hidden, weight, ids, True
+    got = again = torch.ops.tdkd.head_products_backward(*given)
+    if GPU:  # the interpreter has one order
+        again = torch.ops.tdkd.head_products_backward(*given)
+    held = torch.where((ids >= 0) & (ids < vocab), grad, 0.0).double()
+    of_logits = torch.zeros(ids.shape[0], vocab, dtype=torch.float64, device=DEVICE)
+    of_logits.scatter_add_(1, ids.long().clamp(0, vocab - 1), held)
+
+    def gradients(of_logits, hidden, weight):
+        return of_logits @ weight, of_logits.T @ hidden, of_logits.sum(0)
+
+    exact = gradients(of_logits, hidden.double(), weight.double())
+    sizes = gradients(of_logits.abs(), hidden.double().abs(), weight.double().abs())
+    for mine, same, wanted, size in zip(got, again, exact, sizes, strict=True):
+        assert torch.equal(mine, same)
+        room = torch.finfo(mine.dtype).eps * wanted.abs() + 5e-7 * size
+        assert ((mine.double() - wanted).abs() <= room).all()
+    assert [x.dtype for x in got] == [dtype, head_dtype or dtype, torch.float32]
+    asked = torch.zeros(vocab, dtype=torch.bool, device=DEVICE)
+    asked[ids[(ids >= 0) & (ids < vocab)].long()] = True
+    assert not got[1][~asked].any()
+    assert not got[2][~asked].any()
+
+
+@pytest.mark.parametrize(
+    "before,length",
+    [(0, TILE), (1, TILE - 1), (TILE - 1, 1), (1, 2 * TILE), (TILE - 1, 2 * TILE + 2)],
+)
+def test_segments_on_the_borders_of_tiles(before, length):
+    """Ids of many slots, in any place of a tile; the last of them ends with the slots."""
+    assert importlib.import_module("tdkd.kernels.linear_gather_q.triton").TILE == TILE
+    ids = torch.tensor([0] * before + [2] * length + [3] + [4] * (length // 2))
+    check_head_gradients(ids[torch.randperm(len(ids))][:, None], 6, 3)
+
+
+@pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16])
+def test_an_id_of_all_rows(head_dtype):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(40, (TILE + 9, 3), generator=generator, dtype=torch.int32)
+    ids[:, 1] = 17
+    ids[::3, 0] = -1
+    ids[5:20] = -1
+    ids[::2, 2] = 40
+    check_head_gradients(ids, 40, 33, torch.bfloat16, head_dtype)
+
+
+@pytest.mark.parametrize("width", [1025, 2050])
+def test_blocks_of_columns(width):
+    ids = torch.randint(-1, 9, (7, 5), generator=torch.Generator().manual_seed(0))
+    check_head_gradients(ids, 9, width, torch.bfloat16)
+
+
+@pytest.mark.parametrize("id", [-1, 6])
+@pytest.mark.parametrize("rows", [1, TILE, TILE + 1])
+def test_slots_that_are_no_rows_of_the_head(rows, id):
+    check_head_gradients(torch.full((rows, 3), id), 6, 5)
+
+
+def test_hidden_states_and_heads_that_are_strided():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 50, generator=generator).to(DEVICE)
+    weight = torch.randn(9, 70, generator=generator).to(DEVICE)
+    ids = torch.randint(9, (6, 3), generator=generator).to(DEVICE)
+    for h, w in (
+        (hidden[:, :20], weight[:, :20]),
+        (hidden[:, 5:45:2], weight[:, 30:50]),
+        (hidden[:1, :20].expand(6, 20), weight[:, ::3][:, :20]),
+    ):
+        z = torch.ops.tdkd.head_products(h, w, None, ids)
+        torch.testing.assert_close(z, (h @ w.T).gather(-1, ids))
+        got = torch.ops.tdkd.head_products_backward(z, h, w, ids, True)
+        given = z, h.contiguous(), w.contiguous(), ids, True
+        for mine, same in zip(got, torch.ops.tdkd.head_products_backward(*given), strict=True):
+            assert torch.equal(mine, same)
 
 
 def test_a_frozen_head_gets_no_gradient():

@@ -19,6 +19,8 @@ LIBRARY = torch.library.Library("tdkd", "FRAGMENT")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GPU_MAX_K = 1024
 """The largest sets of the GPU kernels."""
+HALF_HIDDEN = {"cuda"}
+"""Devices whose kernels read hidden states in their dtype; elsewhere they are float32."""
 
 
 def _load() -> str | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tdkd.kernels import head
+from tdkd.kernels import backends, head
 from tdkd.kernels.backends import LIBRARY, fake, on_gpu
 from tdkd.kernels.gather_q.reference import scaled
 from tdkd.types import Scale
@@ -23,7 +23,13 @@ LIBRARY.define(
     "head_products_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor ids, bool of_head) "
     "-> (Tensor, Tensor, Tensor)"
 )
-fake("head_products", lambda hidden, weight, bias, ids: hidden.new_empty(ids.shape))
+
+
+def _fake_products(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+    return hidden.new_empty(ids.shape, dtype=torch.float32)
+
+
+fake("head_products", _fake_products)
 
 
 def _fake_backward(
@@ -33,7 +39,7 @@ def _fake_backward(
     return (
         hidden.new_empty(hidden.shape),
         weight.new_empty((rows, weight.shape[1])),
-        hidden.new_empty(rows),
+        hidden.new_empty(rows, dtype=torch.float32),
     )
 
 
@@ -121,5 +127,7 @@ def linear_gather_q(
         z = _DenseProducts.apply(hidden, weight, bias, ids, head.factor_dtype(hidden, weight))
     else:
         bias = None if bias is None else bias.float()
-        z = _HeadProducts.apply(hidden.float(), weight, bias, ids)
+        if hidden.device.type not in backends.HALF_HIDDEN:
+            hidden = hidden.float()
+        z = _HeadProducts.apply(hidden, weight, bias, ids)
     return torch.where(ids < 0, -torch.inf, scaled(z, scale))
