@@ -45,7 +45,14 @@ TARGETS = {
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SHIFTS = {"bfloat16": 16, "float16": 13, "float32": 0}
 VOCAB = 151_936
-BY_DTYPE = ("select_stream", "select", "student_stream", "student_finish", "student_grad")
+BY_DTYPE = (
+    "select_stream",
+    "select_rows",
+    "select",
+    "student_stream",
+    "student_finish",
+    "student_grad",
+)
 KERNELS = (
     *BY_DTYPE,
     "scatter",
@@ -70,6 +77,7 @@ BUDGETS = {
     "student_grad": (10.5, 8.5, 64),
     # kernels without a main loop
     "select": (None, None, 128),
+    "select_rows": (None, None, 128),
     "student_finish": (None, None, 64),
     "head_products": (None, None, 80),
 }
@@ -126,6 +134,7 @@ def jobs(targets: list[str]) -> Iterator[Job]:
             ):
                 yield Job(kernel, dtype, target)
         if target == "sm_90":
+            yield Job("select", "bfloat16", target, 8)
             yield Job("select", "bfloat16", target, 1024)
             yield Job("select", "float32", target, 1024)
             yield Job("student_finish", "bfloat16", target, 1024)
@@ -145,6 +154,12 @@ def kernel_of(job: Job) -> tuple[Any, dict[str, Any], int, int]:
         plain |= {"BLOCK": launch.block, "STAGES": launch.num_stages}
         if job.kernel == "select_stream":
             function, extra = select_actions._stream, {"GROUP": group}
+        elif job.kernel == "select_rows":
+            held = select_actions.blocks(job.k)
+            function = select_actions._rows
+            extra = {"HAS_TAKEN": True, "CAP": held.cap, "GROUP": group}
+            extra |= {"CHUNK": select_actions.chunk_of(held, launch), "SHIFT": SHIFTS[job.dtype]}
+            return function, plain | extra, launch.num_warps, 0  # its loops are those of the others
         elif job.kernel == "student_stream":
             function = student_rows._stream
             extra = {"GROUP": student_rows.GROUP, "HAS_WEIGHT": False}
@@ -228,7 +243,7 @@ POINTERS = {
     "count_ptr": "i32",
 }
 FLOATS = {"slope", "slope_log2e", "unit", "inner", "outer", "reach", "share", "carry"}
-DIVISIBLE = {"outer_stride", "stride", "w_stride", "h_stride", "V", "H", "chunk", "first_row"}
+DIVISIBLE = {"outer_stride", "stride", "w_stride", "h_stride", "V", "H", "chunk"}
 
 
 def signature(job: Job, function: Any, constants: dict[str, Any]) -> tuple[dict[str, str], dict]:

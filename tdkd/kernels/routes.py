@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tdkd.kernels.head import factor_dtype
+from tdkd.objectives import ForwardKL
 
 if TYPE_CHECKING:
     from tdkd.td_rows import TDRows
@@ -103,6 +104,17 @@ def in_forward(rows: TDRows, hidden: Tensor, weight: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not (hidden.is_cuda and rows.looks_ahead)
         and factor_dtype(hidden, weight) != torch.float16
+    )
+
+
+def row_kernel(rows: TDRows, hidden: Tensor) -> bool:
+    """Whether one launch makes the loss of rows and its gradient, in place of a graph of small
+    operators, each of which a GPU's host takes longer to launch than the GPU to compute."""
+    return (
+        hidden.is_cuda
+        and type(rows.objective) is ForwardKL
+        and rows.level in ("log_prob", "logit")
+        and rows.state_value is None
     )
 
 

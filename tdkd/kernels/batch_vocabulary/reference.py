@@ -110,8 +110,8 @@ def inclusion(share: Tensor, count: int) -> Tensor:
     certain = ((falling * left >= rest) & (falling > 0)).long().cumprod(0)
     number = certain.sum()
     least = torch.where(certain > 0, falling, torch.inf).amin()
-    at = number.clamp(max=share.numel() - 1)
-    ratio = left[at] / rest[at].clamp(min=1e-300)
+    at = number.clamp(max=share.numel() - 1).view(1)  # without a dimension it would wait
+    ratio = left.gather(0, at) / rest.gather(0, at).clamp(min=1e-300)
     return torch.where(share >= least, 1.0, share * ratio.clamp(min=0.0)).clamp(max=1.0)
 
 

@@ -9,6 +9,7 @@ are linked with its own, and the few that come in a later chunk are computed bef
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ class _Loss(torch.autograd.Function):
             options = scale, log_weight, factors
             z[early], rest[early] = rows_of(hidden[early], weight, bias, ids[early], *options)
         made = []
+        fused = routes.row_kernel(rows, hidden)
+        factor = torch.ones((), device=hidden.device) / divisor if fused else None
         for chunk in head.chunks(hidden, weight):
             logits = wide.logits(hidden[chunk])
             z[chunk], rest[chunk] = torch.ops.tdkd.student_rows(
@@ -81,7 +84,11 @@ class _Loss(torch.autograd.Function):
             else:
                 part = rows if chunk.stop - chunk.start == count else rows.run(chunk)
                 given = z[chunk], rest[chunk]
-            terms, by_z, by_rest = _gradients(part, chunk.stop - chunk.start, *given, divisor)
+            if fused:
+                kernel = importlib.import_module("tdkd.kernels.linear_rows.triton").forward_kl
+                terms, by_z, by_rest = kernel(part, *given, factor)
+            else:
+                terms, by_z, by_rest = _gradients(part, chunk.stop - chunk.start, *given, divisor)
             made.append(terms)
             grad = gradient_of_logits(
                 by_z,
@@ -96,7 +103,7 @@ class _Loss(torch.autograd.Function):
             grads.add(grad, chunk, hidden, wide)
             del grad  # before the next one is made
         terms = _joined(made)
-        if len(made) > 1:  # a chunk does not know every successor
+        if fused or len(made) > 1:  # a chunk does not know every successor
             error = rows.td_error(terms.q, rows.next_value(terms.value))
             terms = terms._replace(td_error=error)
         ctx.save_for_backward(hidden, weight, bias, ids, log_weight, z, rest)

@@ -6,8 +6,6 @@ since an element outside is beaten by one of each of them. The second kernel, on
 those groups, reads them again, and sorts the few elements that reach the k-th largest maximum.
 """
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,9 +30,8 @@ from tdkd.kernels.rows import (
 )
 from tdkd.types import Scale
 
-PART_ROWS = 8
-"""Rows a multiprocessor in the smallest part that is streamed and selected from by itself."""
-MOST_PARTS = 4
+TOGETHER_K = 256
+"""The largest sets that are selected by the program that streamed the row."""
 _SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 _REACHED = 1.0 - 1e-5  # as in the reference: a prefix reaches top_p within this factor
 
@@ -64,41 +61,25 @@ def _add_tile(x, level, total, slope_log2e, inner, outer, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _stream(
+def _stream_part(
     x_ptr,
-    inner_rows,
-    outer_stride,
-    stride,
-    state_ptr,
     group_ptr,
-    level_ptr,
-    total_ptr,
-    first_row,
-    V,
-    splits,
-    chunk,
+    begin,
+    end,
     groups,
     slope_log2e,
     inner,
     outer,
     CAPPED: tl.constexpr,
-    HAS_STATE: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Of the columns from begin to end of a row: stores their groups' maxima; returns their level
+    and the sum of exponentials relative to it."""
     TILE: tl.constexpr = BLOCK // GROUP
-    program = first_row * splits + tl.program_id(0)
-    row = program // splits
-    begin = (program % splits) * chunk
-    end = tl.minimum(begin + chunk, V)
-    if HAS_STATE:
-        end = tl.where(tl.load(state_ptr + row) != 0, end, begin)
-    x_ptr += row_base(row, inner_rows, outer_stride, stride)
-    group_ptr += row.to(tl.int64) * groups
     columns = tl.arange(0, TILE)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     tile = tl.arange(0, TILE)
-
     level = tl.full([TILE], LOWEST, tl.float32)
     total = tl.zeros([TILE, GROUP], tl.float32)
     whole = begin + (end - begin) // BLOCK * BLOCK
@@ -116,8 +97,54 @@ def _stream(
     # slots that saw nothing are left out, and a NaN stays one
     slot_total = tl.sum(total, 1)
     top = tl.max(level, 0)
+    return top, tl.sum(slot_total * tl.exp2((level - top) * slope_log2e), 0)
+
+
+@triton.jit
+def _stream(
+    x_ptr,
+    inner_rows,
+    outer_stride,
+    stride,
+    state_ptr,
+    group_ptr,
+    level_ptr,
+    total_ptr,
+    V,
+    splits,
+    chunk,
+    groups,
+    slope_log2e,
+    inner,
+    outer,
+    CAPPED: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = program // splits
+    begin = (program % splits) * chunk
+    end = tl.minimum(begin + chunk, V)
+    if HAS_STATE:
+        end = tl.where(tl.load(state_ptr + row) != 0, end, begin)
+    top, total = _stream_part(
+        x_ptr + row_base(row, inner_rows, outer_stride, stride),
+        group_ptr + row.to(tl.int64) * groups,
+        begin,
+        end,
+        groups,
+        slope_log2e,
+        inner,
+        outer,
+        CAPPED,
+        BLOCK,
+        GROUP,
+        STAGES,
+    )
     tl.store(level_ptr + program, top)
-    tl.store(total_ptr + program, tl.sum(slot_total * tl.exp2((level - top) * slope_log2e), 0))
+    tl.store(total_ptr + program, total)
 
 
 @triton.jit
@@ -266,24 +293,20 @@ def _reach(
 
 
 @triton.jit
-def _select(
+def _select_row(
     x_ptr,
-    inner_rows,
-    outer_stride,
-    stride,
-    state_ptr,
     taken_ptr,
     group_ptr,
-    level_ptr,
-    total_ptr,
     list_ptr,
     found_ptr,
     ids_ptr,
     log_probs_ptr,
     count_ptr,
-    first_row,
+    row,
+    live,
+    top,
+    whole,
     V,
-    splits,
     groups,
     k,
     reach,
@@ -291,31 +314,20 @@ def _select(
     inner,
     outer,
     CAPPED: tl.constexpr,
-    HAS_STATE: tl.constexpr,
     HAS_TAKEN: tl.constexpr,
     CAP: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    row = first_row + tl.program_id(0)
+    """The set of a row, from its groups' maxima, and ``whole``, the sum of exponentials relative to
+    ``top``."""
     wide = row.to(tl.int64)
-    x_ptr += row_base(row, inner_rows, outer_stride, stride)
     group_ptr += wide * groups
     list_ptr += wide * CAP
     found_ptr += wide * CAP
-
-    s = tl.arange(0, SPLITS)
-    level = tl.load(level_ptr + wide * splits + s, mask=s < splits, other=LOWEST)
-    total = tl.load(total_ptr + wide * splits + s, mask=s < splits, other=0.0)
-    c = LOG2E if CAPPED else slope * LOG2E
-    top = tl.max(level, 0)
-    whole = tl.sum(total * tl.exp2((level - top) * c), 0)
     log_whole = tl.log(whole)
-    usable = whole > 0.0  # not so where the sum is NaN
-    if HAS_STATE:
-        usable = usable & (tl.load(state_ptr + row) != 0)
+    usable = live & (whole > 0.0)  # not so where the sum is NaN
     groups = tl.where(usable, groups, 0)
 
     # the k-th largest of maxima over several groups each is no larger than that over all groups
@@ -369,6 +381,155 @@ def _select(
     tl.store(count_ptr + row, n)
 
 
+@triton.jit
+def _select(
+    x_ptr,
+    inner_rows,
+    outer_stride,
+    stride,
+    state_ptr,
+    taken_ptr,
+    group_ptr,
+    level_ptr,
+    total_ptr,
+    list_ptr,
+    found_ptr,
+    ids_ptr,
+    log_probs_ptr,
+    count_ptr,
+    V,
+    splits,
+    groups,
+    k,
+    reach,
+    slope,
+    inner,
+    outer,
+    CAPPED: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HAS_TAKEN: tl.constexpr,
+    CAP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    row = tl.program_id(0)
+    wide = row.to(tl.int64)
+    s = tl.arange(0, SPLITS)
+    level = tl.load(level_ptr + wide * splits + s, mask=s < splits, other=LOWEST)
+    total = tl.load(total_ptr + wide * splits + s, mask=s < splits, other=0.0)
+    c = LOG2E if CAPPED else slope * LOG2E
+    top = tl.max(level, 0)
+    _select_row(
+        x_ptr + row_base(row, inner_rows, outer_stride, stride),
+        taken_ptr,
+        group_ptr,
+        list_ptr,
+        found_ptr,
+        ids_ptr,
+        log_probs_ptr,
+        count_ptr,
+        row,
+        (tl.load(state_ptr + row) != 0) if HAS_STATE else True,
+        top,
+        tl.sum(total * tl.exp2((level - top) * c), 0),
+        V,
+        groups,
+        k,
+        reach,
+        slope,
+        inner,
+        outer,
+        CAPPED,
+        HAS_TAKEN,
+        CAP,
+        CHUNK,
+        GROUP,
+        SHIFT,
+    )
+
+
+@triton.jit
+def _rows(
+    x_ptr,
+    inner_rows,
+    outer_stride,
+    stride,
+    state_ptr,
+    taken_ptr,
+    group_ptr,
+    list_ptr,
+    found_ptr,
+    ids_ptr,
+    log_probs_ptr,
+    count_ptr,
+    V,
+    groups,
+    k,
+    reach,
+    slope,
+    slope_log2e,
+    inner,
+    outer,
+    CAPPED: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HAS_TAKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Both in one program a row: while some wait for memory, others select."""
+    row = tl.program_id(0)
+    x_ptr += row_base(row, inner_rows, outer_stride, stride)
+    live = (tl.load(state_ptr + row) != 0) if HAS_STATE else True
+    top, whole = _stream_part(
+        x_ptr,
+        group_ptr + row.to(tl.int64) * groups,
+        0,
+        tl.where(live, V, 0),
+        groups,
+        slope_log2e,
+        inner,
+        outer,
+        CAPPED,
+        BLOCK,
+        GROUP,
+        STAGES,
+    )
+    tl.debug_barrier()
+    _select_row(
+        x_ptr,
+        taken_ptr,
+        group_ptr,
+        list_ptr,
+        found_ptr,
+        ids_ptr,
+        log_probs_ptr,
+        count_ptr,
+        row,
+        live,
+        top,
+        whole,
+        V,
+        groups,
+        k,
+        reach,
+        slope,
+        inner,
+        outer,
+        CAPPED,
+        HAS_TAKEN,
+        CAP,
+        CHUNK,
+        GROUP,
+        SHIFT,
+    )
+
+
 def group_size(vocab: int, k: int) -> int:
     """Logits a group, such that a row's groups and the k that are read again are few together."""
 
@@ -392,6 +553,11 @@ def blocks(k: int) -> Blocks:
     cap = 2 * triton.next_power_of_2(max(k, 32))
     chunk = 2 * cap
     return Blocks(cap, chunk, max(1, min(16, chunk // 256)))
+
+
+def chunk_of(held: Blocks, launch: tuning.Config) -> int:
+    """Elements looked at together by a program that has streamed its row: 8 a thread."""
+    return max(held.chunk, 256 * launch.num_warps)
 
 
 def select_actions(
@@ -418,45 +584,71 @@ def select_actions(
     scale = numbers(Scale(temperature, softcap, logit_scale))
     held = blocks(k)
     group = group_size(vocab, k)
-    launch = tuning.config("select_stream", device, scale.capped or not rows.aligned)
+    heavy = scale.capped or not rows.aligned
+    # where each row has a program, it can select as well; large sets want more warps than it has
+    together = n >= 4 * processors(device) and k <= TOGETHER_K
+    launch = tuning.config("select_rows" if together else "select_stream", device, heavy)
     # a multiple of 16, so that a row's maxima can be read 16 bytes at once; the last tile writes
     # those beyond the vocabulary, which are -inf
     multiple = min(16, launch.block // group)
     groups = triton.cdiv(triton.cdiv(vocab, group), multiple) * multiple
     splits, chunk = split(n, vocab, launch.block, device)
     maxima = torch.empty(n, groups, dtype=logits.dtype, device=device)
-    level, total = torch.empty(2, n, splits, dtype=torch.float32, device=device)
-    listed = torch.empty(n, held.cap, dtype=torch.int32, device=device)
-    found = torch.empty(n, held.cap, dtype=torch.int32, device=device)
+    listed, found = torch.empty(2, n, held.cap, dtype=torch.int32, device=device)
     live = count if state is None else state.contiguous()
     taken = count if include is None else include.contiguous()
-
-    def stream(first: int, some: int) -> None:
-        _stream[(some * splits,)](
+    constants = {
+        "CAPPED": scale.capped,
+        "HAS_STATE": state is not None,
+        "BLOCK": launch.block,
+        "GROUP": group,
+        "STAGES": launch.num_stages,
+    }
+    slope_log2e = (1.0 if scale.capped else scale.slope) * LOG2E.value
+    capped = scale.inner, scale.outer
+    reach = top_p * _REACHED if top_p < 1.0 else 2.0
+    wanted = {"HAS_TAKEN": include is not None, "CAP": held.cap, "SHIFT": _SHIFT[logits.dtype]}
+    into = listed, found, ids, log_probs, count
+    with on_device(logits):
+        if together:
+            _rows[(n,)](
+                rows.data,
+                *rows.layout,
+                live,
+                taken,
+                maxima,
+                *into,
+                vocab,
+                groups,
+                k,
+                reach,
+                scale.slope,
+                slope_log2e,
+                *capped,
+                **constants,
+                **wanted,
+                CHUNK=chunk_of(held, launch),
+                num_warps=launch.num_warps,
+            )
+            return ids, log_probs, count
+        level, total = torch.empty(2, n, splits, dtype=torch.float32, device=device)
+        _stream[(n * splits,)](
             rows.data,
             *rows.layout,
             live,
             maxima,
             level,
             total,
-            first,
             vocab,
             splits,
             chunk,
             groups,
-            (1.0 if scale.capped else scale.slope) * LOG2E.value,
-            scale.inner,
-            scale.outer,
-            CAPPED=scale.capped,
-            HAS_STATE=state is not None,
-            BLOCK=launch.block,
-            GROUP=group,
-            STAGES=launch.num_stages,
+            slope_log2e,
+            *capped,
+            **constants,
             num_warps=launch.num_warps,
         )
-
-    def select(first: int, some: int) -> None:
-        _select[(some,)](
+        _select[(n,)](
             rows.data,
             *rows.layout,
             live,
@@ -464,70 +656,20 @@ def select_actions(
             maxima,
             level,
             total,
-            listed,
-            found,
-            ids,
-            log_probs,
-            count,
-            first,
+            *into,
             vocab,
             splits,
             groups,
             k,
-            top_p * _REACHED if top_p < 1.0 else 2.0,
+            reach,
             scale.slope,
-            scale.inner,
-            scale.outer,
+            *capped,
             CAPPED=scale.capped,
             HAS_STATE=state is not None,
-            HAS_TAKEN=include is not None,
-            CAP=held.cap,
+            **wanted,
             CHUNK=held.chunk,
             GROUP=group,
             SPLITS=triton.next_power_of_2(splits),
-            SHIFT=_SHIFT[logits.dtype],
             num_warps=held.warps,
         )
-
-    with on_device(logits):
-        parts = row_parts(n, device)
-        if len(parts) == 1:
-            stream(0, n)
-            select(0, n)
-        else:
-            _overlapped(parts, stream, select, device)
     return ids, log_probs, count
-
-
-def row_parts(rows: int, device: torch.device) -> list[tuple[int, int]]:
-    """``(first row, rows)`` of what is streamed at a time, while the part before is selected from.
-
-    Few rows make a single part: each is to fill the device several times.
-    """
-    least = PART_ROWS * processors(device) if device.type == "cuda" else rows
-    parts = max(1, min(MOST_PARTS, rows // max(1, least)))
-    size = triton.cdiv(rows, parts)
-    return [(first, min(size, rows - first)) for first in range(0, rows, size)]
-
-
-def _overlapped(
-    parts: list[tuple[int, int]],
-    stream: Callable[[int, int], None],
-    select: Callable[[int, int], None],
-    device: torch.device,
-) -> None:
-    """A stream waits for memory, and a selection for its own arithmetic: side by side they take
-    little more than the longer of the two. Nothing outlives the call on the second CUDA stream."""
-    here, beside = torch.cuda.current_stream(device), _second_stream(device)
-    for part in parts:
-        stream(*part)
-        beside.wait_stream(here)
-        with torch.cuda.stream(beside):
-            select(*part)
-    here.wait_stream(beside)
-
-
-@functools.cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    """Of high priority: what becomes free goes to the rows that are nearly done."""
-    return torch.cuda.Stream(device, priority=-1)
