@@ -65,14 +65,14 @@ build() {
 
 # Most of the time of a test is spent in the compiler, for which there are cores.
 tests() {
-    local options=(-q -p no:cacheprovider --durations=8) files=(tests/gpu tests/test_triton.py)
+    local options=(-q -p no:cacheprovider -p told --durations=8) files=(tests/gpu tests/test_triton.py)
     if [[ -n $REHEARSE ]]; then
         options+=(-k "empty_shapes or infinite")
     else
         $PYTHON -c "import xdist" 2>/dev/null && options+=(-n "$(($(nproc) > 14 ? 14 : $(nproc)))")
         $PYTHON -c "import pytest_timeout" 2>/dev/null && options+=(--timeout 100)
     fi
-    $PYTHON -m pytest "${options[@]}" "${files[@]}"
+    PYTHONPATH="$PYTHONPATH:benchmarks" $PYTHON -m pytest "${options[@]}" "${files[@]}"
 }
 
 # Drawn cases, opcheck, gradcheck, torch.compile, memory: every op in a process of its own.

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from tdkd import ops
 from tdkd.kernels import routes, tuning
+from tdkd.kernels.linear_rows import in_forward
 from tdkd.kernels.rows import scatter_warps
 from tdkd.kernels.student_rows import reference as student_rows_reference
 from tdkd.kernels.student_rows import student_rows
@@ -272,6 +273,44 @@ def test_an_id_that_is_no_column_gives_nan_and_touches_nothing():
     assert q[:, 1].isnan().all()
     (grad,) = torch.autograd.grad(q.sum(), logits)
     assert grad.count_nonzero() == 2
+
+
+@pytest.mark.parametrize("level", ["log_prob", "logit"])
+@pytest.mark.parametrize("tail", [True, False])
+def test_the_forward_kl_of_rows_in_one_launch(tail, level):
+    """As the operators that it stands for, with their gradient; padded sets, rows that are no
+    states, a set without a tail, teachers that exclude members."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(40, 300, generator=generator) * 3
+    tokens = torch.randint(1, 300, (40,), generator=generator)
+    tokens[5] = -100
+    teacher[7, 3:] = -INF
+    tokens[7] = 9  # which its teacher excludes
+    taken = torch.where(tokens < 0, -1, tokens)
+    actions = ops.select_actions(teacher, 20, 0.95, include=taken, impl="reference")
+    options = dict.fromkeys(("successor", "target_value", "state_value", "expert_weight"))
+    rows = ops._td_rows(
+        ops.ActionSet(*(x.to(DEVICE) for x in actions)),
+        tokens.to(DEVICE),
+        objective=ForwardKL(tail=tail),
+        q=level,
+        gamma=0.99,
+        ignore_index=-100,
+        impl="reference",
+        **options,
+    )
+    z = torch.randn(40, 20, generator=generator).to(DEVICE) * 2
+    z = torch.where(rows.ids < 0, -INF, z)
+    rest = torch.randn(40, generator=generator, dtype=torch.float64).to(DEVICE) * 2
+    rest[9] = -INF
+    terms, *grads = in_forward._gradients(rows, 40, z, rest, 7.0)
+    seventh = torch.full((), 1 / 7, device=DEVICE)
+    module = importlib.import_module("tdkd.kernels.linear_rows.triton")
+    got, *got_grads = module.forward_kl(rows, z, rest, seventh)
+    for name in ("loss", "q", "value", "entropy", "log_mass"):
+        torch.testing.assert_close(getattr(got, name), getattr(terms, name), rtol=1e-5, atol=2e-6)
+    for mine, wanted in zip(got_grads, grads, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=2e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -54,6 +54,9 @@ CHOICES: dict[str, tuple[Config, ...]] = {
     "student_grad": (Config(4096, 4), *(c for c in _STREAM if c != Config(4096, 4))),
 }
 
+TOGETHER_K = 256
+"""The largest sets that ``select_rows`` takes: more want more warps than a stream does."""
+
 _overridden: dict[str, Config] = {}
 
 

@@ -49,8 +49,9 @@ def _forward_kl(
     j = tl.arange(0, K)
     inside = j < k
     live = tl.load(state_ptr + row) != 0
-    z = tl.load(z_ptr + wide + j, mask=inside & live, other=float("-inf"))
-    log_p = tl.load(log_probs_ptr + wide + j, mask=inside & live, other=float("-inf"))
+    known = j < tl.where(live, k, 0)
+    z = tl.load(z_ptr + wide + j, mask=known, other=float("-inf"))
+    log_p = tl.load(log_probs_ptr + wide + j, mask=known, other=float("-inf"))
     rest = tl.load(rest_ptr + row).to(tl.float32)
     value = _logsumexp(z)
     top = tl.maximum(value, rest)

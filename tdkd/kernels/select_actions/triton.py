@@ -30,8 +30,6 @@ from tdkd.kernels.rows import (
 )
 from tdkd.types import Scale
 
-TOGETHER_K = 256
-"""The largest sets that are selected by the program that streamed the row."""
 _SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 _REACHED = 1.0 - 1e-5  # as in the reference: a prefix reaches top_p within this factor
 
@@ -586,7 +584,7 @@ def select_actions(
     group = group_size(vocab, k)
     heavy = scale.capped or not rows.aligned
     # where each row has a program, it can select as well; large sets want more warps than it has
-    together = n >= 4 * processors(device) and k <= TOGETHER_K
+    together = n >= 4 * processors(device) and k <= tuning.TOGETHER_K
     launch = tuning.config("select_rows" if together else "select_stream", device, heavy)
     # a multiple of 16, so that a row's maxima can be read 16 bytes at once; the last tile writes
     # those beyond the vocabulary, which are -inf
