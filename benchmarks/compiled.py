@@ -47,7 +47,6 @@ SHIFTS = {"bfloat16": 16, "float16": 13, "float32": 0}
 VOCAB = 151_936
 BY_DTYPE = (
     "select_stream",
-    "select_rows",
     "select",
     "student_stream",
     "student_finish",
@@ -77,7 +76,6 @@ BUDGETS = {
     "student_grad": (10.5, 8.5, 64),
     # kernels without a main loop
     "select": (None, None, 128),
-    "select_rows": (None, None, 128),
     "student_finish": (None, None, 64),
     "head_products": (None, None, 80),
 }
@@ -154,12 +152,6 @@ def kernel_of(job: Job) -> tuple[Any, dict[str, Any], int, int]:
         plain |= {"BLOCK": launch.block, "STAGES": launch.num_stages}
         if job.kernel == "select_stream":
             function, extra = select_actions._stream, {"GROUP": group}
-        elif job.kernel == "select_rows":
-            held = select_actions.blocks(job.k)
-            function = select_actions._rows
-            extra = {"HAS_TAKEN": True, "CAP": held.cap, "GROUP": group}
-            extra |= {"CHUNK": select_actions.chunk_of(held, launch), "SHIFT": SHIFTS[job.dtype]}
-            return function, plain | extra, launch.num_warps, 0  # its loops are those of the others
         elif job.kernel == "student_stream":
             function = student_rows._stream
             extra = {"GROUP": student_rows.GROUP, "HAS_WEIGHT": False}

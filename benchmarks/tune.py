@@ -60,8 +60,7 @@ def calls_of(inputs: Inputs, k: int) -> Runs:
     results = forward()
     grads = [torch.randn_like(result) for result in results]
     return {
-        "select_rows": lambda: ops.select_actions(logits, k, impl="fused"),
-        "select_stream": lambda: ops.select_actions(logits, tuning.TOGETHER_K + 1, impl="fused"),
+        "select_stream": lambda: ops.select_actions(logits, k, impl="fused"),
         "student_stream": forward,
         "student_grad": lambda: torch.autograd.grad(results, student, grads, retain_graph=True),
     }

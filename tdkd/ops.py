@@ -230,7 +230,7 @@ def successors(
                 f"{tuple(cu_seqlens.shape)} with tokens {tuple(tokens.shape)}"
             )
         starts = torch.zeros(length + 1, dtype=torch.bool, device=tokens.device)
-        starts[cu_seqlens.long().clamp(max=length)] = True
+        starts.index_fill_(0, cu_seqlens.long().clamp(max=length), 1)
         follows &= ~starts[1:]
     rows = torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape)
     successor = torch.where(state & follows, rows + 1, -2)

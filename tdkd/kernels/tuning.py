@@ -40,22 +40,9 @@ _STREAM = (
 )
 CHOICES: dict[str, tuple[Config, ...]] = {
     "select_stream": _STREAM,
-    # one program streams a row and selects from it: few registers, so that many are in flight
-    "select_rows": (
-        Config(4096, 4),
-        Config(2048, 4),
-        Config(4096, 8),
-        Config(2048, 2),
-        Config(2048, 8),
-        Config(1024, 4),
-        Config(1024, 2),
-    ),
     "student_stream": _STREAM,
     "student_grad": (Config(4096, 4), *(c for c in _STREAM if c != Config(4096, 4))),
 }
-
-TOGETHER_K = 256
-"""The largest sets that ``select_rows`` takes: more want more warps than a stream does."""
 
 _overridden: dict[str, Config] = {}
 

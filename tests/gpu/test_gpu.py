@@ -48,7 +48,7 @@ def test_the_largest_vocabulary(k):
 
 
 @pytest.mark.parametrize("rows", [400, 5003])
-def test_rows_with_and_without_a_program_of_their_own(rows):
+def test_rows_that_are_split_and_rows_that_are_not(rows):
     logits = make_logits("peaked", rows, 9000, torch.bfloat16, generator(rows))
     check_rows(logits, 64, 0.9, slice(None))
     check_rows(logits, 300, 1.0, slice(None))
@@ -118,7 +118,7 @@ def test_no_host_sync():
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss_and_gradient(*inputs)
-        ops.td_target(torch.randn(99, device=GPU), inputs[3][:99].clamp(max=98), lam=0.9)
+        ops.td_target(torch.randn(96, device=GPU), inputs[3], lam=0.9)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -70,7 +70,8 @@ def batch_vocabulary(
     """
     device = ids.device
     union = torch.zeros(vocab_size + 1, dtype=torch.bool, device=device)
-    union[torch.where(ids < 0, vocab_size, ids.long()).flatten()] = True
+    # an assignment of True would wait for a GPU
+    union.index_fill_(0, torch.where(ids < 0, vocab_size, ids.long()).flatten(), 1)
     union = union[:vocab_size]
     outside = (~union).double()
     if law is None:

@@ -89,5 +89,5 @@ def position_in(vocabulary: Vocabulary, ids: Tensor, size: int) -> Tensor:
     place[torch.where(columns < 0, size, columns)] = torch.arange(
         columns.numel(), device=ids.device
     )
-    place[size] = -1
+    place[size:].fill_(-1)  # an assignment of a number would wait for a GPU
     return place[torch.where(ids < 0, size, ids.long())]

@@ -23,7 +23,6 @@ from tdkd.kernels.rows import (
     numbers,
     on_device,
     ordered,
-    processors,
     row_base,
     scaled,
     split,
@@ -59,46 +58,6 @@ def _add_tile(x, level, total, slope_log2e, inner, outer, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _stream_part(
-    x_ptr,
-    group_ptr,
-    begin,
-    end,
-    groups,
-    slope_log2e,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Of the columns from begin to end of a row: stores their groups' maxima; returns their level
-    and the sum of exponentials relative to it."""
-    TILE: tl.constexpr = BLOCK // GROUP
-    columns = tl.arange(0, TILE)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    tile = tl.arange(0, TILE)
-    level = tl.full([TILE], LOWEST, tl.float32)
-    total = tl.zeros([TILE, GROUP], tl.float32)
-    whole = begin + (end - begin) // BLOCK * BLOCK
-    for first in tl.range(begin, whole, BLOCK, num_stages=STAGES):
-        x = tl.load(x_ptr + first + columns).to(tl.float32)
-        maxima, level, total = _add_tile(x, level, total, slope_log2e, inner, outer, CAPPED)
-        tl.store(group_ptr + first // GROUP + tile, maxima.to(group_ptr.dtype.element_ty))
-    if whole < end:
-        x = tl.load(x_ptr + whole + columns, mask=whole + columns < end, other=float("-inf"))
-        maxima, level, total = _add_tile(
-            x.to(tl.float32), level, total, slope_log2e, inner, outer, CAPPED
-        )
-        here = whole // GROUP + tile
-        tl.store(group_ptr + here, maxima.to(group_ptr.dtype.element_ty), mask=here < groups)
-    # slots that saw nothing are left out, and a NaN stays one
-    slot_total = tl.sum(total, 1)
-    top = tl.max(level, 0)
-    return top, tl.sum(slot_total * tl.exp2((level - top) * slope_log2e), 0)
-
-
-@triton.jit
 def _stream(
     x_ptr,
     inner_rows,
@@ -121,28 +80,37 @@ def _stream(
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    TILE: tl.constexpr = BLOCK // GROUP
     program = tl.program_id(0)
     row = program // splits
     begin = (program % splits) * chunk
     end = tl.minimum(begin + chunk, V)
     if HAS_STATE:
         end = tl.where(tl.load(state_ptr + row) != 0, end, begin)
-    top, total = _stream_part(
-        x_ptr + row_base(row, inner_rows, outer_stride, stride),
-        group_ptr + row.to(tl.int64) * groups,
-        begin,
-        end,
-        groups,
-        slope_log2e,
-        inner,
-        outer,
-        CAPPED,
-        BLOCK,
-        GROUP,
-        STAGES,
-    )
+    x_ptr += row_base(row, inner_rows, outer_stride, stride)
+    group_ptr += row.to(tl.int64) * groups
+    columns = tl.arange(0, TILE)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    tile = tl.arange(0, TILE)
+
+    level = tl.full([TILE], LOWEST, tl.float32)
+    total = tl.zeros([TILE, GROUP], tl.float32)
+    whole = begin + (end - begin) // BLOCK * BLOCK
+    for first in tl.range(begin, whole, BLOCK, num_stages=STAGES):
+        x = tl.load(x_ptr + first + columns).to(tl.float32)
+        maxima, level, total = _add_tile(x, level, total, slope_log2e, inner, outer, CAPPED)
+        tl.store(group_ptr + first // GROUP + tile, maxima.to(group_ptr.dtype.element_ty))
+    if whole < end:
+        x = tl.load(x_ptr + whole + columns, mask=whole + columns < end, other=float("-inf"))
+        maxima, level, total = _add_tile(
+            x.to(tl.float32), level, total, slope_log2e, inner, outer, CAPPED
+        )
+        here = whole // GROUP + tile
+        tl.store(group_ptr + here, maxima.to(group_ptr.dtype.element_ty), mask=here < groups)
+    # slots that saw nothing are left out, and a NaN stays one
+    slot_total = tl.sum(total, 1)
+    top = tl.max(level, 0)
     tl.store(level_ptr + program, top)
-    tl.store(total_ptr + program, total)
+    tl.store(total_ptr + program, tl.sum(slot_total * tl.exp2((level - top) * slope_log2e), 0))
 
 
 @triton.jit
@@ -291,20 +259,23 @@ def _reach(
 
 
 @triton.jit
-def _select_row(
+def _select(
     x_ptr,
+    inner_rows,
+    outer_stride,
+    stride,
+    state_ptr,
     taken_ptr,
     group_ptr,
+    level_ptr,
+    total_ptr,
     list_ptr,
     found_ptr,
     ids_ptr,
     log_probs_ptr,
     count_ptr,
-    row,
-    live,
-    top,
-    whole,
     V,
+    splits,
     groups,
     k,
     reach,
@@ -312,20 +283,31 @@ def _select_row(
     inner,
     outer,
     CAPPED: tl.constexpr,
+    HAS_STATE: tl.constexpr,
     HAS_TAKEN: tl.constexpr,
     CAP: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
+    SPLITS: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """The set of a row, from its groups' maxima, and ``whole``, the sum of exponentials relative to
-    ``top``."""
+    row = tl.program_id(0)
     wide = row.to(tl.int64)
+    x_ptr += row_base(row, inner_rows, outer_stride, stride)
     group_ptr += wide * groups
     list_ptr += wide * CAP
     found_ptr += wide * CAP
+
+    s = tl.arange(0, SPLITS)
+    level = tl.load(level_ptr + wide * splits + s, mask=s < splits, other=LOWEST)
+    total = tl.load(total_ptr + wide * splits + s, mask=s < splits, other=0.0)
+    c = LOG2E if CAPPED else slope * LOG2E
+    top = tl.max(level, 0)
+    whole = tl.sum(total * tl.exp2((level - top) * c), 0)
     log_whole = tl.log(whole)
-    usable = live & (whole > 0.0)  # not so where the sum is NaN
+    usable = whole > 0.0  # not so where the sum is NaN
+    if HAS_STATE:
+        usable = usable & (tl.load(state_ptr + row) != 0)
     groups = tl.where(usable, groups, 0)
 
     # the k-th largest of maxima over several groups each is no larger than that over all groups
@@ -379,155 +361,6 @@ def _select_row(
     tl.store(count_ptr + row, n)
 
 
-@triton.jit
-def _select(
-    x_ptr,
-    inner_rows,
-    outer_stride,
-    stride,
-    state_ptr,
-    taken_ptr,
-    group_ptr,
-    level_ptr,
-    total_ptr,
-    list_ptr,
-    found_ptr,
-    ids_ptr,
-    log_probs_ptr,
-    count_ptr,
-    V,
-    splits,
-    groups,
-    k,
-    reach,
-    slope,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    HAS_TAKEN: tl.constexpr,
-    CAP: tl.constexpr,
-    CHUNK: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SHIFT: tl.constexpr,
-):
-    row = tl.program_id(0)
-    wide = row.to(tl.int64)
-    s = tl.arange(0, SPLITS)
-    level = tl.load(level_ptr + wide * splits + s, mask=s < splits, other=LOWEST)
-    total = tl.load(total_ptr + wide * splits + s, mask=s < splits, other=0.0)
-    c = LOG2E if CAPPED else slope * LOG2E
-    top = tl.max(level, 0)
-    _select_row(
-        x_ptr + row_base(row, inner_rows, outer_stride, stride),
-        taken_ptr,
-        group_ptr,
-        list_ptr,
-        found_ptr,
-        ids_ptr,
-        log_probs_ptr,
-        count_ptr,
-        row,
-        (tl.load(state_ptr + row) != 0) if HAS_STATE else True,
-        top,
-        tl.sum(total * tl.exp2((level - top) * c), 0),
-        V,
-        groups,
-        k,
-        reach,
-        slope,
-        inner,
-        outer,
-        CAPPED,
-        HAS_TAKEN,
-        CAP,
-        CHUNK,
-        GROUP,
-        SHIFT,
-    )
-
-
-@triton.jit
-def _rows(
-    x_ptr,
-    inner_rows,
-    outer_stride,
-    stride,
-    state_ptr,
-    taken_ptr,
-    group_ptr,
-    list_ptr,
-    found_ptr,
-    ids_ptr,
-    log_probs_ptr,
-    count_ptr,
-    V,
-    groups,
-    k,
-    reach,
-    slope,
-    slope_log2e,
-    inner,
-    outer,
-    CAPPED: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    HAS_TAKEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CAP: tl.constexpr,
-    CHUNK: tl.constexpr,
-    GROUP: tl.constexpr,
-    SHIFT: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Both in one program a row: while some wait for memory, others select."""
-    row = tl.program_id(0)
-    x_ptr += row_base(row, inner_rows, outer_stride, stride)
-    live = (tl.load(state_ptr + row) != 0) if HAS_STATE else True
-    top, whole = _stream_part(
-        x_ptr,
-        group_ptr + row.to(tl.int64) * groups,
-        0,
-        tl.where(live, V, 0),
-        groups,
-        slope_log2e,
-        inner,
-        outer,
-        CAPPED,
-        BLOCK,
-        GROUP,
-        STAGES,
-    )
-    tl.debug_barrier()
-    _select_row(
-        x_ptr,
-        taken_ptr,
-        group_ptr,
-        list_ptr,
-        found_ptr,
-        ids_ptr,
-        log_probs_ptr,
-        count_ptr,
-        row,
-        live,
-        top,
-        whole,
-        V,
-        groups,
-        k,
-        reach,
-        slope,
-        inner,
-        outer,
-        CAPPED,
-        HAS_TAKEN,
-        CAP,
-        CHUNK,
-        GROUP,
-        SHIFT,
-    )
-
-
 def group_size(vocab: int, k: int) -> int:
     """Logits a group, such that a row's groups and the k that are read again are few together."""
 
@@ -551,11 +384,6 @@ def blocks(k: int) -> Blocks:
     cap = 2 * triton.next_power_of_2(max(k, 32))
     chunk = 2 * cap
     return Blocks(cap, chunk, max(1, min(16, chunk // 256)))
-
-
-def chunk_of(held: Blocks, launch: tuning.Config) -> int:
-    """Elements looked at together by a program that has streamed its row: 8 a thread."""
-    return max(held.chunk, 256 * launch.num_warps)
 
 
 def select_actions(
@@ -582,10 +410,7 @@ def select_actions(
     scale = numbers(Scale(temperature, softcap, logit_scale))
     held = blocks(k)
     group = group_size(vocab, k)
-    heavy = scale.capped or not rows.aligned
-    # where each row has a program, it can select as well; large sets want more warps than it has
-    together = n >= 4 * processors(device) and k <= tuning.TOGETHER_K
-    launch = tuning.config("select_rows" if together else "select_stream", device, heavy)
+    launch = tuning.config("select_stream", device, scale.capped or not rows.aligned)
     # a multiple of 16, so that a row's maxima can be read 16 bytes at once; the last tile writes
     # those beyond the vocabulary, which are -inf
     multiple = min(16, launch.block // group)
@@ -595,41 +420,8 @@ def select_actions(
     listed, found = torch.empty(2, n, held.cap, dtype=torch.int32, device=device)
     live = count if state is None else state.contiguous()
     taken = count if include is None else include.contiguous()
-    constants = {
-        "CAPPED": scale.capped,
-        "HAS_STATE": state is not None,
-        "BLOCK": launch.block,
-        "GROUP": group,
-        "STAGES": launch.num_stages,
-    }
-    slope_log2e = (1.0 if scale.capped else scale.slope) * LOG2E.value
-    capped = scale.inner, scale.outer
-    reach = top_p * _REACHED if top_p < 1.0 else 2.0
-    wanted = {"HAS_TAKEN": include is not None, "CAP": held.cap, "SHIFT": _SHIFT[logits.dtype]}
-    into = listed, found, ids, log_probs, count
+    level, total = torch.empty(2, n, splits, dtype=torch.float32, device=device)
     with on_device(logits):
-        if together:
-            _rows[(n,)](
-                rows.data,
-                *rows.layout,
-                live,
-                taken,
-                maxima,
-                *into,
-                vocab,
-                groups,
-                k,
-                reach,
-                scale.slope,
-                slope_log2e,
-                *capped,
-                **constants,
-                **wanted,
-                CHUNK=chunk_of(held, launch),
-                num_warps=launch.num_warps,
-            )
-            return ids, log_probs, count
-        level, total = torch.empty(2, n, splits, dtype=torch.float32, device=device)
         _stream[(n * splits,)](
             rows.data,
             *rows.layout,
@@ -641,9 +433,14 @@ def select_actions(
             splits,
             chunk,
             groups,
-            slope_log2e,
-            *capped,
-            **constants,
+            (1.0 if scale.capped else scale.slope) * LOG2E.value,
+            scale.inner,
+            scale.outer,
+            CAPPED=scale.capped,
+            HAS_STATE=state is not None,
+            BLOCK=launch.block,
+            GROUP=group,
+            STAGES=launch.num_stages,
             num_warps=launch.num_warps,
         )
         _select[(n,)](
@@ -654,20 +451,27 @@ def select_actions(
             maxima,
             level,
             total,
-            *into,
+            listed,
+            found,
+            ids,
+            log_probs,
+            count,
             vocab,
             splits,
             groups,
             k,
-            reach,
+            top_p * _REACHED if top_p < 1.0 else 2.0,
             scale.slope,
-            *capped,
+            scale.inner,
+            scale.outer,
             CAPPED=scale.capped,
             HAS_STATE=state is not None,
-            **wanted,
+            HAS_TAKEN=include is not None,
+            CAP=held.cap,
             CHUNK=held.chunk,
             GROUP=group,
             SPLITS=triton.next_power_of_2(splits),
+            SHIFT=_SHIFT[logits.dtype],
             num_warps=held.warps,
         )
     return ids, log_probs, count
