@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ STEEPEST = 10.0
 tangent."""
 
 
-class Concave(NamedTuple):
+# no tuple: torch 2.10 compiles no call of one
+@dataclass(frozen=True)
+class Concave:
     """A phi: ``phi(0) = 0``, ``phi'(0) = 1``, concave and finite on all reals."""
 
     function: Callable[[Tensor], Tensor]
