@@ -6,8 +6,8 @@ holds most; ``"exact"`` takes all, a chunk of rows at a time. Gradients of a los
 forward, three products with the head in place of four, unless rows of many chunks are linked.
 
 The bounds are where the measured costs cross. On CPU `tdkd bench --suite routes` measures them, and
-takes the ways that they reject as well; on GPUs they are arithmetic from the memory that is read
-(not measured on a GPU yet).
+takes the ways that they reject as well; on GPUs they are arithmetic from the memory that is read,
+and the crossings themselves have not been measured.
 """
 
 from __future__ import annotations
