@@ -45,6 +45,10 @@ def _products(
     j = tl.program_id(0) % groups * SLOTS + tl.arange(0, SLOTS)
     ids = tl.load(ids_ptr + row * k + j, mask=j < k, other=-1).to(tl.int64)
     member = (ids >= 0) & (ids < V)
+    # an id that is no row of the head has no product
+    z = tl.where(ids < V, 0.0, float("nan"))
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + ids, mask=member, other=0.0)
     total = tl.zeros([SLOTS, COLUMNS], tl.float32)
     columns = tl.arange(0, COLUMNS)
     width = tl.where(tl.max(member.to(tl.int32), 0) > 0, H, 0)  # slots that pad cost nothing
@@ -57,12 +61,7 @@ def _products(
             other=0.0,
         )
         total += w.to(tl.float32) * h.to(tl.float32)[None, :]
-    z = tl.sum(total, 1)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + ids, mask=member, other=0.0)
-    # an id that is no row of the head has no product
-    z = tl.where(ids < V, z, float("nan"))
-    tl.store(z_ptr + row * k + j, z, mask=j < k)
+    tl.store(z_ptr + row * k + j, z + tl.sum(total, 1), mask=j < k)
 
 
 @triton.jit
