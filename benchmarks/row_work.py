@@ -149,16 +149,20 @@ def row_work(
     with torch.no_grad():
         z = ops.linear_gather_q(hidden, weight, ids)
         rest = ops.linear_logsumexp(hidden, weight)
-    if objective.rowwise and in_forward.links(rows, hidden, columns) is not None:
+    if objective.rowwise and (linked := in_forward.links(rows, hidden, columns)) is not None:
         size = head.chunk_rows(hidden.device, columns)
         chunks = torch.arange(z.shape[0]).split(size)
         rest = rest.double()
 
         def in_chunks() -> object:
+            made = []
             for index in chunks:
-                in_forward._gradients(rows, index, index.numel(), z, rest, 1.0)
-            with torch.no_grad():
-                return rows(z, rest.float())
+                inside = slice(int(index[0]), int(index[-1]) + 1)
+                part = rows.take(index) if linked[0].numel() else rows.run(inside)
+                given = z[inside], rest[inside]
+                made.append(in_forward._gradients(part, index.numel(), *given, 1.0)[0])
+            terms = in_forward._joined(made)
+            return terms, rows.td_error(terms.q, rows.next_value(terms.value))
 
         return in_chunks
     leaves: Any = z.requires_grad_(), rest.requires_grad_()
