@@ -117,7 +117,8 @@ def picture(runs: list[dict[str, Any]], path: Path, seconds: dict[str, Any]) -> 
     from matplotlib import pyplot as plt
 
     chosen = of_interest(runs)
-    colours = {_label(run): f"C{i % 10}" for i, run in enumerate(chosen)}
+    palette = plt.get_cmap("tab20")
+    colours = {_label(run): palette(i % 20) for i, run in enumerate(chosen)}
     figure, axes = plt.subplots(2, 3, figsize=(17, 10), layout="constrained")
     start = next((run["scores"]["kl"] for run in runs if run["method"] == "warm"), None)
     for run in chosen:
