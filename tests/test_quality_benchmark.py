@@ -164,6 +164,24 @@ def test_the_picture_shows_each_method_at_its_best_rate(script):
     ]  # fmt: skip
 
 
+def test_earlier_results_stand_beside_these(script, folders, runs, tmp_path):
+    """With --merge: each run once, however often, and the times of the file where it has them."""
+    mine = json.loads((folders / "out" / "quality.json").read_text())
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    other = {**next(run for run in runs if run["method"] == "kl-p1"), "seed": 9}
+    records.write_whole(tmp_path / "runs" / "a" / "result.json", other)
+    merged = tmp_path / "out" / "quality"
+    given = [*arguments(folders), "--work", str(tmp_path), "--output", str(merged), "--report"]
+    for earlier in (folders / "out" / "quality.json", merged.with_suffix(".json")):
+        script.main([*given, "--merge", str(earlier)])
+        told = json.loads(merged.with_suffix(".json").read_text())
+        assert len(told["runs"]) == len(mine["runs"]) + 1
+        assert all(run in told["runs"] for run in [other, *mine["runs"]])
+        assert told["times"] == mine["times"]
+        group = next(each for each in told["over_seeds"] if each["method"] == "kl-p1")
+        assert group["seeds"] == [1, 9]
+
+
 def test_seeds_together(script, capsys):
     import report
 
@@ -183,7 +201,8 @@ def test_seeds_together(script, capsys):
     assert "| a | cache | warm | 0.001 | 3.6 | [1, 2] | 2.500 ± 0.707 |" in capsys.readouterr().out
 
 
-def test_a_killed_run_goes_on_where_it_was(script, folders, runs, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["kl-tail+iq+lm", "kl-tail+soft+ema"])
+def test_a_killed_run_goes_on_where_it_was(script, folders, runs, monkeypatch, tmp_path, name):
     import learn
     from methods import with_extras
 
@@ -204,7 +223,7 @@ def test_a_killed_run_goes_on_where_it_was(script, folders, runs, monkeypatch, t
 
         monkeypatch.setattr(learn, "_save", killed)
         how = {"steps": 5, "size": 3, "rate": 1e-2, "seed": 4, "look": bench.look}
-        given = bench.teacher, bench.train, with_extras("kl-tail+iq+lm"), folder
+        given = bench.teacher, bench.train, with_extras(name), folder
         if stops:
             with pytest.raises(KeyboardInterrupt):
                 learn.train(bench.student("cold"), *given, **how)
@@ -281,6 +300,24 @@ def test_the_value_head_learns(script, folders, runs, tmp_path):
     assert ["scores" in entry for entry in log] == [False, False, True]
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "value" in name]  # noqa: SIM118
+
+
+def test_a_target_network_follows_behind(script, folders, runs, tmp_path):
+    """The first step has the student's own V', the later ones that of its past."""
+    import learn
+    from methods import METHODS, TARGET_DECAY, with_extras
+
+    assert with_extras("soft-td+value+ema+lm").target_decay == TARGET_DECAY
+    bench = script.Bench(script.options_of("").parse_args(arguments(folders)))
+    how = {"steps": 3, "size": 3, "rate": 1e-2, "seed": 4, "look": bench.look, "looks": 0}
+    own, slow = (
+        learn.train(bench.student("cold"), bench.teacher, bench.train, method, tmp_path, **how)
+        for method in (METHODS["soft-td"], with_extras("soft-td+ema"))
+    )
+    assert slow[0]["loss"] == pytest.approx(own[0]["loss"], rel=1e-6)
+    assert slow[0]["grad_norm"] == pytest.approx(own[0]["grad_norm"], rel=1e-5)
+    # one step later the students are the same, and the network is not
+    assert slow[1]["loss"] != pytest.approx(own[1]["loss"], rel=1e-4)
 
 
 def test_the_lm_loss_is_of_the_datas_rows(script, folders, runs):

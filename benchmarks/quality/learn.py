@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tdkd import records
-from tdkd.bootstrap import add_value_head, state_value
+from tdkd.bootstrap import TargetNetwork, add_value_head, state_value
 from tdkd.cli.generate import sample
 from tdkd.models import Head, last_hidden_state, lm_head
 from tdkd.ops import ActionSet
@@ -52,10 +53,14 @@ def train(
         add_value_head(student, student.config.hidden_size)
     parameters = dict(student.named_parameters())
     optimiser = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0, betas=(0.9, 0.95))
+    target = None
+    if method.target_decay is not None:
+        target = TargetNetwork(student, method.target_decay)
+    slow = {} if target is None else dict(target.network.named_parameters())
     log: list[dict[str, Any]] = []
     saved = folder / "checkpoint.safetensors"
     if saved.exists():
-        log = _restore(saved, parameters, optimiser)
+        log = _restore(saved, parameters, optimiser, slow)
     heads, at = (lm_head(student), lm_head(teacher)), time.monotonic()
     for step, chosen in enumerate(order(len(examples), size, steps, seed)):
         if step < len(log):
@@ -64,13 +69,16 @@ def train(
             group["lr"] = rate * schedule(step, steps)
         began = time.perf_counter()
         batch = drawn(student, teacher, examples, chosen, method, seed=seed * 1_000_003 + step)
-        loss, told = forward(student, *heads, batch, method)
+        network = None if target is None else target.network
+        loss, told = forward(student, *heads, batch, method, target=network)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         if not math.isfinite(float(norm)):
             records.write_whole(folder / "log.json", log)
             return log
         optimiser.step()
+        if target is not None:
+            target.on_optimizer_step(None, SimpleNamespace(global_step=step), None)
         optimiser.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
         log.append(
@@ -83,7 +91,7 @@ def train(
             log[-1]["scores"] = look(student)
             student.train()
         if time.monotonic() - at > CHECKPOINT_SECONDS:
-            _save(saved, parameters, optimiser, log)
+            _save(saved, parameters, optimiser, slow, log)
             at = time.monotonic()
     student.eval()
     student.save_pretrained(folder / "model")
@@ -129,12 +137,19 @@ def forward(
     batch: Batch,
     method: Method,
     actions: ActionSet | None = None,
+    target: PreTrainedModel | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss of one batch, and what there is to tell of it."""
-    hidden = last_hidden_state(student, input_ids=batch.ids, attention_mask=batch.mask)
-    rows = hidden[batch.states]
+    """The loss of one batch, and what there is to tell of it. ``target``: whose V' it learns."""
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
+    rows = last_hidden_state(student, **inputs)[batch.states]
+    slow = None
+    if target is not None:
+        with torch.no_grad():
+            theirs = last_hidden_state(target, **inputs)[batch.states]
+            slow = theirs, lm_head(target), state_value(target, theirs)
     given = batch.teacher_hidden, teacher, batch.tokens, batch.successor, actions
-    return method.loss(rows, head, *given, state_value=state_value(student, rows), own=batch.own)
+    value = state_value(student, rows)
+    return method.loss(rows, head, *given, state_value=value, own=batch.own, target=slow)
 
 
 def seconds_a_step(
@@ -173,7 +188,9 @@ def seconds_a_step(
                 given = drawn(student, teacher, examples, chosen, method, seed=len(body))
             actions = method.select(given.teacher_hidden, heads[1], given.tokens)
             selected = time.perf_counter()
-            forward(student, *heads, given, method, actions)[0].backward()
+            # a target network takes the time of the student's own body and head
+            target = None if method.target_decay is None else student
+            forward(student, *heads, given, method, actions, target)[0].backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
@@ -200,9 +217,13 @@ def schedule(step: int, steps: int) -> float:
 
 
 def _save(
-    path: Path, parameters: dict[str, Any], optimiser: torch.optim.AdamW, log: list[dict[str, Any]]
+    path: Path,
+    parameters: dict[str, Any],
+    optimiser: torch.optim.AdamW,
+    target: dict[str, Any],
+    log: list[dict[str, Any]],
 ) -> None:
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {f"target/{name}": value for name, value in target.items()}
     for name, parameter in parameters.items():
         state = optimiser.state[parameter]
         tensors[f"weight/{name}"] = parameter.detach()
@@ -214,11 +235,14 @@ def _save(
 
 
 def _restore(
-    path: Path, parameters: dict[str, Any], optimiser: torch.optim.AdamW
+    path: Path, parameters: dict[str, Any], optimiser: torch.optim.AdamW, target: dict[str, Any]
 ) -> list[dict[str, Any]]:
     from safetensors import safe_open
 
     tensors = load_file(path)
+    with torch.no_grad():
+        for name, value in target.items():
+            value.copy_(tensors[f"target/{name}"])
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(tensors[f"weight/{name}"])

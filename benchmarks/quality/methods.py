@@ -31,6 +31,8 @@ from tdkd.published import published_loss
 from tdkd.types import Rows
 
 GAMMA = 0.99
+TARGET_DECAY = 0.9
+"""Of a target network: an average over about the last ten steps, of runs of 40 to 100."""
 SET: dict[str, Any] = {"k": 64, "top_p": 0.8}
 Dense = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -50,6 +52,8 @@ class Method:
     """probability that a sequence is the student's own answer, which a live teacher scores."""
     value_head: bool = False
     """whether the student learns a v(s) beside its policy, ``Q = log pi + v(s)``."""
+    target_decay: float | None = None
+    """of the average of the student that V' is taken from; None: V' is the student's own."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -77,12 +81,14 @@ class Method:
         actions: ops.ActionSet | None = None,
         state_value: Tensor | None = None,
         own: Tensor | None = None,
+        target: tuple[Tensor, Head, Tensor | None] | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss of N rows ``[N, H]``, and what there is to tell of it.
 
         ``actions``: what :meth:`select` made, as a cache would give it. ``state_value``: v(s) of
         the rows, ``[N]``. ``own``: bool ``[N]``, rows of the student's own answers, from whose
-        tokens the LM loss does not learn.
+        tokens the LM loss does not learn. ``target``: hidden states, head and v(s) of the network
+        that V' is taken from.
         """
         total = hidden.new_zeros(())
         told: dict[str, float] = {}
@@ -97,17 +103,28 @@ class Method:
             if self.lmbda and own is not None:
                 # what learns from the tokens of the data is a mean over the data's rows
                 weight = torch.where(own, 0.0, own.numel() / (~own).sum().clamp(min=1))
+            common = {**live, "successor": successor, "gamma": GAMMA, **given}
+            target_value = None
+            if target is not None:
+                slow, slow_head, slow_value = target
+                with torch.no_grad():  # of this loss only V is wanted: the cheapest one
+                    target_value = ops.linear_td_loss(
+                        slow,
+                        slow_head.weight,
+                        tokens,
+                        objective=IQLearn(),
+                        state_value=slow_value,
+                        **common,
+                    ).value
             out = ops.linear_td_loss(
                 hidden,
                 head.weight,
                 tokens,
-                **live,
-                successor=successor,
                 objective=self.objective,
-                gamma=GAMMA,
                 state_value=state_value,
+                target_value=target_value,
                 expert_weight=weight,
-                **given,
+                **common,
             )
             total = total + out.loss
             level = given.get("q", "log_prob") == "log_prob"
@@ -310,9 +327,11 @@ FAMILY = family()
 def with_extras(name: str) -> Method:
     """A method by its name, or the one of an objective that the name is the text of, on the top 64.
 
-    At the end ``+value`` adds a value head, and then ``+lm`` the LM loss.
+    At the end ``+value`` adds a value head, then ``+ema`` takes V' from an average of the student,
+    and then ``+lm`` adds the LM loss.
     """
     plain, lm = name.removesuffix("+lm"), name.endswith("+lm")
+    plain, ema = plain.removesuffix("+ema"), plain.endswith("+ema")
     plain, value_head = plain.removesuffix("+value"), plain.endswith("+value")
     method = (METHODS | FAMILY).get(plain)
     if method is None:
@@ -321,8 +340,14 @@ def with_extras(name: str) -> Method:
         except ValueError as error:
             raise SystemExit(
                 f"method: expected one of {', '.join(METHODS)}, one of gradients.py, or the text "
-                f"of an objective, +value, +lm or not, got {name} ({error})"
+                f"of an objective, +value, +ema, +lm or not, got {name} ({error})"
             ) from error
-    words = method.words + " + value head" * value_head + " + LM" * lm
+    words = method.words + " + value head" * value_head + " + target network" * ema + " + LM" * lm
     lm_weight = 1.0 if lm else method.lm_weight
-    return replace(method, words=words, lm_weight=lm_weight, value_head=value_head)
+    return replace(
+        method,
+        words=words,
+        lm_weight=lm_weight,
+        value_head=value_head,
+        target_decay=TARGET_DECAY if ema else None,
+    )

@@ -36,16 +36,22 @@ def half(rouge: dict[str, float]) -> float:
 
 
 def results(work: Path) -> list[dict[str, Any]]:
-    found = [json.loads(p.read_text()) for p in sorted(work.glob("runs/*/result.json"))]
-    return sorted(found, key=lambda r: (r["start"], r["scores"]["kl"] if r["scores"] else math.inf))
+    return [json.loads(p.read_text()) for p in sorted(work.glob("runs/*/result.json"))]
 
 
-def write(work: Path, output: Path) -> None:
-    """``output``.json and .png, and a Markdown table on stdout."""
+def write(work: Path, output: Path, earlier: Path | None = None) -> None:
+    """``output``.json and .png, and a Markdown table on stdout.
+
+    ``earlier``: a JSON file that this function wrote. Its runs are told as well, each once, and its
+    times where ``work`` has none.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
+    before = {"times": None, "runs": []} if earlier is None else json.loads(earlier.read_text())
     runs = results(work)
+    runs += [run for run in before["runs"] if run not in runs]
+    runs.sort(key=lambda r: (r["start"], r["scores"]["kl"] if r["scores"] else math.inf))
     times = work / "times.json"
-    seconds = json.loads(times.read_text()) if times.exists() else None
+    seconds = json.loads(times.read_text()) if times.exists() else before["times"]
     told = {"times": seconds, "runs": runs, "over_seeds": over_seeds(runs)}
     write_json(output.with_suffix(".json"), {**environment(), **told})
     given = ("method", "teacher", "start", "rate", "seed", "minutes", "steps")
@@ -111,7 +117,8 @@ def picture(runs: list[dict[str, Any]], path: Path, seconds: dict[str, Any]) -> 
     from matplotlib import pyplot as plt
 
     chosen = of_interest(runs)
-    colours = {_label(run): f"C{i % 10}" for i, run in enumerate(chosen)}
+    palette = plt.get_cmap("tab20")
+    colours = {_label(run): palette(i % 20) for i, run in enumerate(chosen)}
     figure, axes = plt.subplots(2, 3, figsize=(17, 10), layout="constrained")
     start = next((run["scores"]["kl"] for run in runs if run["method"] == "warm"), None)
     for run in chosen:
@@ -157,14 +164,14 @@ def picture(runs: list[dict[str, Any]], path: Path, seconds: dict[str, Any]) -> 
 
 
 def of_interest(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The warm student, and of each method the run of the first seed at its best rate, rather one
+    """A warm student, and of each method the run of the first seed at its best rate, rather one
     that was looked at on its way; at equal wall-clock, where there are such."""
     warm = [run for run in runs if run["start"] == "warm" and run["scores"]]
     equal = [run for run in warm if run["minutes"]] or warm
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for run in sorted(equal, key=lambda r: (not r.get("curve"), r["seed"], r["scores"]["kl"])):
         best.setdefault((run["method"], run["teacher"]), run)
-    return [*(run for run in runs if run["method"] == "warm"), *best.values()]
+    return [*[run for run in runs if run["method"] == "warm"][:1], *best.values()]
 
 
 def _label(run: dict[str, Any]) -> str:

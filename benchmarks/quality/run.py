@@ -5,7 +5,7 @@
 ``--data`` is a folder with train.jsonl, dev.jsonl and eval_{dolly,selfinst,vicuna}.jsonl;
 ``--models`` one with ``teacher`` and ``student-init`` (`make demo` makes both). What is done is not
 done again, and a killed run goes on where it was. ``--report`` writes the table and the picture
-from what there is.
+from what there is, with ``--merge FILE`` beside what an earlier folder's results were.
 """
 
 from __future__ import annotations
@@ -228,8 +228,8 @@ def options_of(description: str | None) -> argparse.ArgumentParser:
         "--methods",
         nargs="+",
         default=list(METHODS),
-        help="names of methods.py, or texts of objectives; +value adds a value head, +lm the LM "
-        "loss",
+        help="names of methods.py, or texts of objectives; +value adds a value head, +ema a target "
+        "network, +lm the LM loss",
     )
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
@@ -254,6 +254,11 @@ def options_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/quality")
     parser.add_argument("--time", action="store_true", help="only measure seconds a step")
     parser.add_argument("--report", action="store_true", help="only write table and picture")
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        help="a JSON file of this script, whose runs stand beside those of --work",
+    )
     return parser
 
 
@@ -271,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
                     for name in args.methods:
                         bench.run(name, rate, seed, start)
         bench.start_scores()
-    report.write(args.work, args.output)
+    report.write(args.work, args.output, args.merge)
 
 
 if __name__ == "__main__":
