@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 FUZZ_SECONDS ?= 300
 JOBS ?= 2
 
-.PHONY: demo test nightly mutants bench faults imports sanitize fuzz oldest-triton oldest-torch instructions lint format clean help
+.PHONY: demo test nightly mutants bench faults imports sanitize fuzz oldest-triton instructions lint format clean help
 
 help:
 	@echo "make demo    distil a small student on this machine and write runs/demo/report.md"
@@ -25,7 +25,6 @@ help:
 	@echo "make sanitize      the op tests under AddressSanitizer and UBSan"
 	@echo "make fuzz    the row primitives under libFuzzer: FUZZ_SECONDS=300 JOBS=2"
 	@echo "make oldest-triton the Triton kernels on Triton 3.6"
-	@echo "make oldest-torch  the ops on torch 2.10 (PyPI's is 7 GB; PIP_ARGS names another index)"
 	@echo "make instructions  instructions a logit of the CPU kernels, under callgrind"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove the virtual environment, the caches and runs/"
@@ -116,14 +115,6 @@ oldest-triton: $(VENV)/.ready
 		triton==3.6.0 "numpy<2.4"
 	PYTHONPATH=build/oldest-triton $(BIN)/python -m pytest -n 2 tests/test_triton.py
 	PYTHONPATH=build/oldest-triton $(BIN)/python -m pytest tests/test_triton_compiled.py
-
-# The ops on the oldest torch that is supported, with the CPU kernels as the pinned torch built them.
-oldest-torch: $(VENV)/.ready build/oldest-torch/torch
-	PYTHONPATH=build/oldest-torch OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --timeout 900 \
-		tests/test_ops*.py tests/test_kernels.py tests/test_linear_td_loss.py tests/test_objectives*.py
-
-build/oldest-torch/torch: | $(VENV)/.ready
-	$(BIN)/python -m pip install $(PIP_ARGS) --upgrade --quiet --target build/oldest-torch torch==2.10.0 "numpy<2.4"
 
 # Instructions a logit of each row body under callgrind, against benchmarks/rows/instructions.json.
 instructions:

@@ -1,6 +1,9 @@
 """Which kernels of a GPU take the time of an op: a table a case, and the JSON of it.
 
-python benchmarks/breakdown.py [--budget SECONDS] [--output FILE]
+    python benchmarks/breakdown.py [--budget SECONDS] [--output FILE]
+
+The first case of each op in the suite `gpu`; what the profiler adds to the host's time is in the
+gaps, so that these are longer than without it.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ from tdkd.benchmark.measure import reason
 from tdkd.benchmark.report import aligned, environment, make_directory, write_json
 from tdkd.benchmark.rivals import rivals_of
 
-OWN = ("three products", "one product")
-"""What is shown beside everything that is ours."""
+BARE = ("three products", "one product")
+"""The rivals that are shown beside our own."""
 CALLS = 3
 NAME = 60
 """characters of a kernel's name that a table shows."""
@@ -52,7 +55,7 @@ def breakdown(case: Case) -> dict[str, Any]:
     inputs, taken = make_inputs(case)[:CALLS], {}
     for rival in rivals_of(case):
         ours = rival.name.startswith("tdkd") and rival.name != "tdkd reference"
-        if not ours and rival.name not in OWN:
+        if not ours and rival.name not in BARE:
             continue
         try:
             kernels, span = kernels_of(rival.prepare(case), inputs)

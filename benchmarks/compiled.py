@@ -31,6 +31,7 @@ from triton.compiler import ASTSource
 from tdkd.kernels import rows, tuning
 from tdkd.kernels.gather_q import triton as gather_q
 from tdkd.kernels.linear_gather_q import triton as linear_gather_q
+from tdkd.kernels.linear_rows import triton as linear_rows
 from tdkd.kernels.select_actions import triton as select_actions
 from tdkd.kernels.soft_value import triton as soft_value
 from tdkd.kernels.student_rows import triton as student_rows
@@ -45,13 +46,7 @@ TARGETS = {
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SHIFTS = {"bfloat16": 16, "float16": 13, "float32": 0}
 VOCAB = 151_936
-BY_DTYPE = (
-    "select_stream",
-    "select",
-    "student_stream",
-    "student_finish",
-    "student_grad",
-)
+BY_DTYPE = ("select_stream", "select", "student_stream", "student_finish", "student_grad")
 KERNELS = (
     *BY_DTYPE,
     "scatter",
@@ -67,6 +62,7 @@ KERNELS = (
     "head_lay_out",
     "head_by_head",
     "head_join",
+    "forward_kl",
 )
 
 BUDGETS = {
@@ -127,9 +123,8 @@ def jobs(targets: list[str]) -> Iterator[Job]:
     """Every kernel: all dtypes, large sets and variants on sm_90, bfloat16 elsewhere."""
     for target in targets:
         for kernel, dtype in itertools.product(KERNELS, DTYPES):
-            if dtype == "bfloat16" or (
-                target == "sm_90" and kernel.startswith((*BY_DTYPE, "head"))
-            ):
+            by_dtype = kernel in BY_DTYPE or kernel.startswith("head")
+            if dtype == "bfloat16" or (target == "sm_90" and by_dtype):
                 yield Job(kernel, dtype, target)
         if target == "sm_90":
             yield Job("select", "bfloat16", target, 8)
@@ -137,6 +132,7 @@ def jobs(targets: list[str]) -> Iterator[Job]:
             yield Job("select", "float32", target, 1024)
             yield Job("student_finish", "bfloat16", target, 1024)
             yield Job("scatter", "bfloat16", target, 1024)
+            yield Job("forward_kl", "bfloat16", target, 1024)
             for kernel, variant in itertools.product(KERNELS, VARIANTS):
                 yield Job(kernel, "bfloat16", target, variant=variant)
 
@@ -180,6 +176,9 @@ def kernel_of(job: Job) -> tuple[Any, dict[str, Any], int, int]:
         "td_spread": td_target._spread,
         "td_gradients": td_target._gradients,
     }
+    if job.kernel == "forward_kl":
+        constants = {"TAIL": True, "LOG_PROB": True, "K": k}
+        return linear_rows._forward_kl, constants, linear_rows.warps(k), 0
     if job.kernel.startswith("head"):
         function = getattr(linear_gather_q, job.kernel.removeprefix("head"))
         columns = {"COLUMNS": linear_gather_q.columns_of(getattr(torch, job.dtype))}
@@ -204,6 +203,10 @@ POINTERS = {
     "sums_ptr": "fp32",
     "z_ptr": "fp32",
     "log_probs_ptr": "fp32",
+    "log_mass_ptr": "fp32",
+    "entropy_ptr": "fp32",
+    "loss_ptr": "fp32",
+    "factor_ptr": "fp32",
     "grad_z_ptr": "fp32",
     "q_ptr": "fp32",
     "value_ptr": "fp32",
@@ -217,6 +220,7 @@ POINTERS = {
     "next_c_ptr": "fp32",
     "next_s_ptr": "i64",
     "successor_ptr": "i64",
+    "rest_ptr": "fp64",
     "log_rest_ptr": "fp64",
     "grad_rest_ptr": "fp64",
     "state_ptr": "i1",

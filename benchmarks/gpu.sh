@@ -77,10 +77,10 @@ tests() {
 
 # Drawn cases, opcheck, gradcheck, torch.compile, memory: every op in a process of its own.
 verify() {
-    local ops=(select_actions gather_q soft_value td_target linear_gather_q linear_log_probs td_loss)
-    local op pid status=0 pids=()
-    [[ -n $REHEARSE ]] && ops=(soft_value)
-    for op in "${ops[@]}"; do
+    local ops op pid status=0 pids=()
+    ops=$($PYTHON -c "from tdkd.verify import SUBJECTS; print(*SUBJECTS)") || return 1
+    [[ -n $REHEARSE ]] && ops=soft_value
+    for op in $ops; do
         $PYTHON -m tdkd verify --device "$DEVICE" --cases 12 --op "$op" &
         pids+=($!)
     done
@@ -215,7 +215,7 @@ stage build 80
 stage tests 200
 stage tune 80
 # what is left, but for those that follow
-BUDGET=${BUDGET:-$(($(left) - 130))}
+BUDGET=$(($(left) - 130))
 ((BUDGET > 230)) && BUDGET=230
 ((BUDGET < 60)) && BUDGET=60
 export BUDGET

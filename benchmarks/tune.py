@@ -146,8 +146,6 @@ def tune(options: argparse.Namespace) -> None:
         )
         inputs = make_inputs(case)[0]
         for kernel, call in calls_of(inputs, case.k).items():
-            if options.kernel and kernel not in options.kernel:
-                continue
             if time.monotonic() >= late:
                 print(f"{kernel}: {rows} x {vocab} {dtype} is left out by --budget")
                 continue
@@ -175,7 +173,6 @@ def tune(options: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a rehearsal")
-    parser.add_argument("--kernel", action="append", choices=[*tuning.CHOICES], help="this alone")
     parser.add_argument("--rows", type=int, help="in place of those of both shapes")
     parser.add_argument("--vocab", type=int, help="likewise")
     parser.add_argument("--k", type=int, default=64)

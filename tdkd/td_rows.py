@@ -119,36 +119,31 @@ class TDRows:
         return bool(self.gamma) and getattr(self.objective, "looks_ahead", True)
 
     @property
+    def bootstrapped(self) -> Tensor:
+        """bool ``[N]``: as in :class:`tdkd.types.Rows`."""
+        return self.state & (self.successor != -2) if self.gamma else self.state
+
+    @property
     def counted(self) -> Tensor:
         """bool ``[N]``: rows that the loss counts."""
-        known = self.successor != -2 if self.gamma else self.state
-        bootstraps = getattr(self.objective, "bootstraps", True)
-        return self.state & known if bootstraps else self.state
+        return self.bootstrapped if getattr(self.objective, "bootstraps", True) else self.state
 
     def take(self, index: Tensor) -> TDRows:
         """The rows at ``index [n]``, distinct; a successor that is not among them is unknown."""
         place = torch.full_like(self.successor, -2)
         place[index] = torch.arange(index.numel(), device=index.device)
         successor = self.successor[index]
-        successor = torch.where(successor < 0, successor, place[successor.clamp(min=0)])
-        return replace(
-            self,
-            ids=self.ids[index],
-            log_probs=self.log_probs[index],
-            slot=self.slot[index],
-            state=self.state[index],
-            successor=successor,
-            occupancy=None if self.occupancy is None else self.occupancy[index],
-            target_value=None if self.target_value is None else self.target_value[index],
-            state_value=None if self.state_value is None else self.state_value[index],
-            expert_weight=None if self.expert_weight is None else self.expert_weight[index],
-        )
+        return self._at(index, torch.where(successor < 0, successor, place[successor.clamp(min=0)]))
 
     def run(self, rows: slice) -> TDRows:
         """Neighbours, of whose successors is only known whether there are any: for a loss that does
         not look ahead."""
+        return self._at(rows, self.successor[rows].clamp(max=-1))
 
-        def cut(x: Tensor | None) -> Tensor | None:
+    def _at(self, rows: Tensor | slice, successor: Tensor) -> TDRows:
+        """Some rows, with these successors among them."""
+
+        def given(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[rows]
 
         return replace(
@@ -157,11 +152,11 @@ class TDRows:
             log_probs=self.log_probs[rows],
             slot=self.slot[rows],
             state=self.state[rows],
-            successor=self.successor[rows].clamp(max=-1),
-            occupancy=cut(self.occupancy),
-            target_value=cut(self.target_value),
-            state_value=cut(self.state_value),
-            expert_weight=cut(self.expert_weight),
+            successor=successor,
+            occupancy=given(self.occupancy),
+            target_value=given(self.target_value),
+            state_value=given(self.state_value),
+            expert_weight=given(self.expert_weight),
         )
 
     def next_value(self, value: Tensor) -> Tensor:
@@ -172,8 +167,7 @@ class TDRows:
 
     def td_error(self, q: Tensor, following: Tensor) -> Tensor:
         """``[N]``: Q of the taken token less gamma V'; 0 where V' is unknown."""
-        known = self.state & (self.successor != -2) if self.gamma else self.state
-        return torch.where(known, q - self.gamma * following, 0.0)
+        return torch.where(self.bootstrapped, q - self.gamma * following, 0.0)
 
     def __call__(self, z: Tensor, log_rest: Tensor | None) -> RowTerms:
         """The terms of each row, from the student's scaled logits on the sets ``z [N, k]`` and the

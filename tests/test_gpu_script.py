@@ -56,6 +56,43 @@ def test_a_stage_that_fails_does_not_lose_the_others(tmp_path):
     assert "gpu.json" in log  # what the last stage missed
 
 
+def test_a_failure_is_told_when_it_happens(tmp_path):
+    """Not at the end, which a stage that is out of time does not reach."""
+    lines = (
+        "def test_first():",
+        "    assert 1 == 2",
+        "def test_second():",
+        "    __import__('os')._exit(3)",
+    )
+    (tmp_path / "test_two.py").write_text("\n".join(lines))
+    given = {"PYTHONPATH": str(ROOT / "benchmarks")}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "told",
+        "-p",
+        "no:cacheprovider",
+        tmp_path,
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, **given}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 3
+    assert "FAILED" in done.stdout
+    assert "assert 1 == 2" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_breakdown_needs_a_gpu():
+    command = [sys.executable, ROOT / "benchmarks" / "breakdown.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "breakdown: expected a GPU, for torch sees none here\n"
+
+
 def test_tuning_is_rehearsed(monkeypatch, tmp_path, capsys, tune):
     pytest.importorskip("triton")
     if torch.cuda.is_available():

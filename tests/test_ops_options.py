@@ -785,9 +785,20 @@ def test_chances_are_proportional_below_one_and_add_up():
         torch.testing.assert_close(inclusion(share / 1000, count), inclusion(share, count))
     assert not inclusion(share, 0).any()
     assert not inclusion(share * 0, 3).any()
-    # where each round finds one that is sure, rounds end: chances all the same, and too few of them
+    # where one is sure only once the larger ones are, again and again
     steep = inclusion(10.0 ** torch.arange(13, dtype=torch.float64), 11)
     assert ((steep > 0) & (steep <= 1)).all()
+    assert steep.sum().item() == pytest.approx(11)
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        share = (torch.randn(30, generator=generator, dtype=torch.float64) * (seed % 7)).exp()
+        share = torch.where(torch.rand(30, generator=generator) < 0.3, 0.0, share.ceil())
+        count = seed % 33
+        chance = inclusion(share, count)
+        assert chance.sum().item() == pytest.approx(min(count, int((share > 0).sum())))
+        below = (chance < 1) & (chance > 0)
+        ratio = chance[below] / share[below]
+        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
     assert (steep.diff() >= 0).all()
     assert 8 < steep.sum() <= 11
 

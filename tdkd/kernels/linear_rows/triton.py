@@ -131,6 +131,11 @@ def forward_kl(
                 TAIL=rows.objective.tail,
                 LOG_PROB=rows.level == "log_prob",
                 K=block,
-                num_warps=max(1, min(8, block // 128)),
+                num_warps=warps(block),
             )
     return RowTerms(loss, q, value, nothing, entropy, log_mass), grad_z, grad_rest
+
+
+def warps(block: int) -> int:
+    """Warps such that a thread holds at most 4 slots."""
+    return max(1, min(8, block // 128))

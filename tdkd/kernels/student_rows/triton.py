@@ -5,6 +5,8 @@ for the few groups that hold members of the set, without those, and joins them a
 subtracted, so the mass outside the set is exact where the set holds nearly all.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -396,21 +398,10 @@ def finish_warps(block_k: int, block_groups: int) -> int:
 
 
 def student_rows_backward(
-    grad_z: Tensor,
-    grad_rest: Tensor,
-    logits: Tensor,
-    ids: Tensor,
-    log_rest: Tensor,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    log_weight: Tensor | None,
-    state: Tensor | None,
+    grad_z: Tensor, grad_rest: Tensor, logits: Tensor, *options: Any
 ) -> Tensor:
-    options = temperature, softcap, logit_scale, log_weight, state
-    return student_rows_backward_as(
-        grad_z, grad_rest, logits, ids, log_rest, *options, logits.dtype
-    )
+    given = grad_z, grad_rest, logits, *options, logits.dtype
+    return student_rows_backward_as(*given)
 
 
 def student_rows_backward_as(
