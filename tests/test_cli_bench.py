@@ -384,7 +384,7 @@ def test_unknown_logits_are_refused():
 
 
 @pytest.mark.parametrize("sets", ["real", "random"])
-@pytest.mark.parametrize("op", ["linear_td_loss", "linear_log_probs"])
+@pytest.mark.parametrize("op", ["linear_td_loss", "linear_log_probs", "linear_cross_entropy"])
 def test_rivals_from_hidden_states_do_the_same(op, sets):
     """`dense` has the loss and the gradients of `tdkd`; `three products` is less."""
     case = Case(op, 40, 700, k=8, sets=sets, hidden=16)
@@ -394,6 +394,9 @@ def test_rivals_from_hidden_states_do_the_same(op, sets):
     }
     for got, expected in zip(found["tdkd"], found["dense"], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    for name in {"torch", "torch chunks"} & found.keys():
+        for got, expected in zip(found[name], found["dense"], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     if op == "linear_td_loss":
         assert found["tdkd batch"][2].shape == found["tdkd gather"][2].shape == (700, 16)
 

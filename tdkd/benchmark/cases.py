@@ -21,10 +21,12 @@ FIELDS = {
     "linear_td_loss": ("rows", "vocab", "k", "dtype", "sets"),
     "linear_log_probs": ("rows", "vocab", "k", "dtype", "sets"),
     "linear_select_actions": ("rows", "vocab", "k", "dtype"),
+    "linear_cross_entropy": ("rows", "vocab", "dtype"),
     "soft_value": ("rows", "k"),
     "td_target": ("rows",),
 }
-"""The ops, and which fields of a case each has a use for."""
+"""The ops, and which fields of a case each has a use for. ``linear_cross_entropy`` is the LM loss
+of ``tdkd.lm_loss``."""
 OPS = tuple(FIELDS)
 DEVICES = ("cpu", "cuda")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -161,6 +163,10 @@ def _linear_select(rows: int, vocab: int, **options: Any) -> Case:
     return Case("linear_select_actions", rows, vocab, top_p=0.8, **options)
 
 
+def _linear_cross_entropy(rows: int, vocab: int, **options: Any) -> Case:
+    return Case("linear_cross_entropy", rows, vocab, **options)
+
+
 def _ways(op: Callable[..., Case], rows: int, vocab: int, k: int, **options: Any) -> Case:
     return op(rows, vocab, k=k, ways=True, compiled=False, **options)
 
@@ -213,6 +219,8 @@ SUITES: dict[str, list[Case]] = {
         _linear_td_loss(2048, 151_936, sets="random", compiled=False),
         _linear_log_probs(2048, 49_152),
         _linear_select(2048, 49_152),
+        _linear_cross_entropy(2048, 49_152),
+        _linear_cross_entropy(512, 49_152),
         _linear_td_loss(2048, 49_152, dtype="bfloat16", compiled=False),
     ],
     # where the rule of tdkd.kernels.routes changes its mind, on either side: M / V near 0.8, and k
@@ -340,7 +348,7 @@ def make_generator(case: Case, seed: int = 0) -> torch.Generator:
 def _inputs(case: Case, generator: torch.Generator) -> Inputs:
     device, rows, vocab = generator.device, case.rows, case.vocab
     dtype = DTYPES[case.dtype]
-    if case.op in ("linear_td_loss", "linear_log_probs", "linear_select_actions"):
+    if case.op.startswith("linear") and case.op != "linear_gather_q":
         # their rivals make their own, the same in every call, being many products to one byte
         return Inputs(torch.randn(vocab, case.hidden, generator=generator, device=device).to(dtype))
     if case.op == "td_target":

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tdkd import ops
-from tdkd.benchmark.cases import Case, Inputs, Run, make_linear_inputs
+from tdkd.benchmark.cases import Case, Inputs, Run, Skip, make_linear_inputs
 from tdkd.kernels import head, routes
 from tdkd.objectives import ForwardKL
 
@@ -146,6 +147,40 @@ def chunked_log_probs(student: Student) -> Tensor:
         given = student.hidden[rows], student.weight, student.actions.ids[rows]
         total = total + checkpoint(part, *given, use_reentrant=False)
     return total
+
+
+def lm_loss(case: Case) -> Run:
+    """The LM loss of the trainer, by the best kernel that is installed."""
+    try:
+        from tdkd.lm_loss import lm_cross_entropy
+        from tdkd.models import Head
+    except ImportError as error:  # no transformers
+        raise Skip(f"cannot be imported: {error}") from error
+
+    def loss(student: Student) -> Tensor:
+        whole = Head(student.weight, bias=None, softcap=None, logit_scale=1.0)
+        return lm_cross_entropy(student.hidden, whole, student.tokens)
+
+    return _both_ways(loss)(case)
+
+
+def dense_cross_entropy(student: Student) -> Tensor:
+    logits = (student.hidden @ student.weight.T).float()
+    return F.cross_entropy(logits, student.tokens, reduction="sum")
+
+
+def torch_cross_entropy(case: Case, chunks: bool = False) -> Run:
+    """``F.linear_cross_entropy``: as it is, and in chunks of a size that it chooses."""
+    kernel = getattr(F, "linear_cross_entropy", None)
+    if kernel is None:
+        raise Skip(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    options = nn.LinearCrossEntropyOptions() if chunks else None
+
+    def loss(student: Student) -> Tensor:
+        given = student.hidden, student.weight, student.tokens
+        return kernel(*given, reduction="sum", options=options)
+
+    return _both_ways(loss)(case)
 
 
 def both_ways(loss: Callable[[Student], Tensor], compiled: bool = False) -> Callable[[Case], Run]:

@@ -381,6 +381,21 @@ RIVALS: dict[str, list[Rival]] = {
         Rival("tdkd", linear.select),
         Rival("dense", linear.dense_select),
     ],
+    # forward and backward
+    "linear_cross_entropy": [
+        Rival("copy", _copied, passes=2, device="cuda"),
+        Rival("amax", _amax, passes=1),
+        Rival("three products", linear.three_products),
+        Rival("tdkd", linear.lm_loss),
+        Rival("torch", linear.torch_cross_entropy),
+        Rival("torch chunks", partial(linear.torch_cross_entropy, chunks=True)),
+        Rival("dense", linear.both_ways(linear.dense_cross_entropy)),
+        Rival(
+            "torch.compile",
+            linear.both_ways(linear.dense_cross_entropy, compiled=True),
+            compiles=True,
+        ),
+    ],
     # forward and backward: read twice, and the gradient is written
     "soft_value": [
         Rival("copy", _copied, passes=2, device="cuda"),
