@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tdkd.errors import UserError, missing
-from tdkd.objectives import ObjectiveLike
+from tdkd.objectives import Objective
 
 try:
     from safetensors.torch import load_file, save_file
@@ -31,7 +31,7 @@ NAME = "td_value_head"
 
 
 def check_of_use(
-    objective: ObjectiveLike | None, *, gamma: float, target_network: str, value_head: bool
+    objective: Objective | None, *, gamma: float, target_network: str, value_head: bool
 ) -> None:
     """Refuses what would cost without a say in the loss.
 
@@ -39,7 +39,7 @@ def check_of_use(
         UserError: the objective does not look ahead, or (``target_network``) gamma is 0, or it
             counts from the first state, where V' must be the student's own.
     """
-    looks_ahead = objective is not None and getattr(objective, "looks_ahead", True)
+    looks_ahead = objective is not None and objective.looks_ahead
     told = "none" if objective is None else repr(objective)
     if value_head and not looks_ahead:
         raise UserError(
@@ -51,7 +51,7 @@ def check_of_use(
             "target_network: expected an objective that looks ahead and gamma > 0, since V' has no "
             f"say in the others, got {told} and gamma {gamma:g}"
         )
-    if target_network != "none" and getattr(objective, "starts", False):
+    if target_network != "none" and objective is not None and objective.starts:
         raise UserError(
             "target_network: expected none with an objective that counts from the first state of a "
             f"response, where V' must be the student's own, got {target_network} with {told}"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tdkd.bootstrap import without_value_head
 from tdkd.errors import UserError, missing
 from tdkd.models import backbone, lm_head
+from tdkd.objectives import Objective
 
 try:
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -537,7 +538,7 @@ class Rollouts:
 
 
 def check(
-    args: Any, objective: Any, collator: Any, teacher: nn.Module | None, *, whole: bool
+    args: Any, objective: Objective | None, collator: Any, teacher: nn.Module | None, *, whole: bool
 ) -> None:
     """Refuses what answers of the student cannot be made or learned from with.
 
@@ -566,7 +567,7 @@ def check(
             "packing_strategy: expected 'bfd', which keeps prompts whole, with lmbda > 0, got "
             f"{args.packing_strategy!r}"
         )
-    if args.lmbda == 1 and (args.lm_weight or getattr(objective, "demonstrations", False)):
+    if args.lmbda == 1 and (args.lm_weight or objective.demonstrations):
         raise UserError(
             "lmbda: expected a number < 1 with lm_weight or with an objective that learns from the "
             f"data's own tokens, got 1 with lm_weight {args.lm_weight} and {objective!r}"

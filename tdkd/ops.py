@@ -42,7 +42,7 @@ from tdkd.kernels.select_actions import reference as _select_actions_reference
 from tdkd.kernels.soft_value import reference as _soft_value_reference
 from tdkd.kernels.student_rows import reference as _student_rows_reference
 from tdkd.kernels.td_target import reference as _td_target_reference
-from tdkd.objectives import IQLearn, ObjectiveLike
+from tdkd.objectives import IQLearn, Objective, ObjectiveLike, as_objective
 from tdkd.td_rows import RowTerms, TDRows
 from tdkd.types import ActionSet, LogProbs, Scale, StudentRows, TDOutput, Vocabulary
 
@@ -397,7 +397,7 @@ def td_loss(
     state = tokens != ignore_index
     if check:
         _usable("teacher_logits", teacher_logits, state)
-    objective = IQLearn() if objective is None else objective
+    objective = as_objective(IQLearn() if objective is None else objective)
 
     # rows that are no states are not even read
     select = _select_actions if _fused(impl, teacher_logits, k=k) else _select_actions_reference
@@ -886,7 +886,7 @@ def linear_td_loss(
         _ids_below("actions", used.ids, weight.shape[0])
     if not live and check:
         _distinct("actions", used.ids)
-    objective = IQLearn() if objective is None else objective
+    objective = as_objective(IQLearn() if objective is None else objective)
     rows = _td_rows(
         used,
         tokens,
@@ -1012,16 +1012,16 @@ def _gathers(hidden: Tensor, weight: Tensor, k: int) -> bool:
     return _routes.gathers(weight.device.type, k, columns, width, hidden.shape[0])
 
 
-def _needs_normaliser(objective: ObjectiveLike, q: Level) -> bool:
+def _needs_normaliser(objective: Objective, q: Level) -> bool:
     _choice("q", q, get_args(Level))
-    return q == "log_prob" or getattr(objective, "normalised", True)
+    return q == "log_prob" or objective.normalised
 
 
 def _td_rows(
     actions: ActionSet,
     tokens: Tensor,
     *,
-    objective: ObjectiveLike,
+    objective: Objective,
     q: Level,
     gamma: float,
     successor: Tensor | None,
@@ -1042,7 +1042,7 @@ def _td_rows(
             _floating(name, given, dims=0)
             _same_shape(name, given, lead, "the rows")
             _same_device(name, given, tokens)
-    if target_value is not None and getattr(objective, "starts", False):
+    if target_value is not None and objective.starts:
         raise ValueError(
             "target_value: expected None with an objective that counts from the first state of a "
             f"response, where V' must be the student's own, got one with {objective!r}"

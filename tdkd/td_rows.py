@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tdkd.kernels.td_target.reference import next_value, td_target
-from tdkd.objectives import ObjectiveLike
+from tdkd.objectives import Objective
 from tdkd.types import Rows
 
 FLOOR = -10.0
@@ -50,7 +50,7 @@ class TDRows:
     """``[N]``: as in :class:`tdkd.types.Rows`."""
     target_value: Tensor | None
     """``[N]``: the soft values of a target network."""
-    objective: ObjectiveLike
+    objective: Objective
     level: str
     """what Q is: as ``q`` of :func:`tdkd.ops.td_loss`."""
     gamma: float
@@ -69,7 +69,7 @@ class TDRows:
         successor: Tensor,
         *,
         ignore_index: int,
-        objective: ObjectiveLike,
+        objective: Objective,
         level: str,
         gamma: float,
         soft_value: Callable[[Tensor], Tensor],
@@ -89,7 +89,7 @@ class TDRows:
         successor = torch.where(state & exists, successor, -2)
         slot = here.int().argmax(-1) * state
         occupancy = None
-        if getattr(objective, "starts", True):
+        if objective.starts is not False:
             occupancy = _occupancy(state, successor, gamma)
         if target_value is not None:
             target_value = torch.where(state, target_value.detach(), 0.0)
@@ -116,7 +116,7 @@ class TDRows:
     @property
     def looks_ahead(self) -> bool:
         """Whether the loss of a row depends on its successor."""
-        return bool(self.gamma) and getattr(self.objective, "looks_ahead", True)
+        return bool(self.gamma) and self.objective.looks_ahead
 
     @property
     def bootstrapped(self) -> Tensor:
@@ -126,7 +126,7 @@ class TDRows:
     @property
     def counted(self) -> Tensor:
         """bool ``[N]``: rows that the loss counts."""
-        return self.bootstrapped if getattr(self.objective, "bootstraps", True) else self.state
+        return self.bootstrapped if self.objective.bootstraps else self.state
 
     def take(self, index: Tensor) -> TDRows:
         """The rows at ``index [n]``, distinct; a successor that is not among them is unknown."""

@@ -37,6 +37,7 @@ from tdkd.objectives import (
     Objective,
     ObjectiveLike,
     ReverseKL,
+    as_objective,
     parse,
 )
 from tdkd.objectives.inverse import PHIS
@@ -423,13 +424,13 @@ class TDTrainer(SFTTrainer):
             args.assistant_only_loss = masked
         # the losses below honour num_items_in_batch, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
-        self.objective = args.build_objective() if objective is None else objective
+        self.objective = args.build_objective() if objective is None else as_objective(objective)
         extras: dict[str, Any] = {
             "target_network": args.target_network,
             "value_head": args.value_head,
         }
         bootstrap.check_of_use(self.objective, gamma=args.gamma, **extras)
-        looks_ahead = bool(args.gamma) and getattr(self.objective, "looks_ahead", True)
+        looks_ahead = bool(args.gamma and self.objective and self.objective.looks_ahead)
         self._drift = Drift(args.q_level, value_head=args.value_head, looks_ahead=looks_ahead)
         self._redirect = _ForwardRedirection()
         student = self._unwrapped(self.model)
@@ -652,7 +653,7 @@ class TDTrainer(SFTTrainer):
                     extras["target_value"] = self._target_value(slow, teacher, taken, successor)
             extras |= {"num_items_in_batch": num_items_in_batch, "expert_weight": expert}
             if folded:
-                assert isinstance(self.objective, Objective)
+                assert self.objective is not None
                 extras["objective"] = self.objective + args.lm_weight * CrossEntropy(tail=True)
             out = self._td_loss(hidden, head, teacher, taken, successor, **extras)
             loss = loss + out.loss
@@ -677,7 +678,7 @@ class TDTrainer(SFTTrainer):
         args: TDConfig = self.args
         return (
             bool(args.lm_weight)
-            and isinstance(self.objective, Objective)
+            and self.objective is not None
             and not self.objective.bootstraps
             and args.normaliser == "exact"
             and args.q_level == "log_prob"

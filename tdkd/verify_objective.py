@@ -31,7 +31,7 @@ from torch.autograd.gradcheck import GradcheckError
 
 from tdkd import ops
 from tdkd.errors import UserError
-from tdkd.objectives import ObjectiveLike, parse
+from tdkd.objectives import Objective, ObjectiveLike, as_objective, parse
 from tdkd.td_rows import TDRows
 from tdkd.types import Rows
 from tdkd.verify import Finding
@@ -166,12 +166,11 @@ def draw(seed: int, device: torch.device, *, target: bool = True) -> Case:
 class Held:
     """An objective whose detached values, once seen, stay what they were."""
 
-    def __init__(self, objective: ObjectiveLike) -> None:
+    def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.seen: list[Tensor] | None = None
         for flag in ("bootstraps", "normalised", "starts", "looks_ahead"):
-            if hasattr(objective, flag):
-                setattr(self, flag, getattr(objective, flag))
+            setattr(self, flag, getattr(objective, flag))
 
     def __call__(self, rows: Rows) -> Tensor:
         detach, first = Tensor.detach, self.seen is None
@@ -190,7 +189,7 @@ class Held:
         return loss
 
 
-def _gradient(objective: ObjectiveLike, case: Case) -> Iterator[str]:
+def _gradient(objective: Objective, case: Case) -> Iterator[str]:
     held = Held(objective)
     leaves = [(case.hidden @ case.weight.T).requires_grad_()]
     if case.options["state_value"] is not None:
@@ -207,7 +206,7 @@ def _gradient(objective: ObjectiveLike, case: Case) -> Iterator[str]:
         yield f"{' '.join(str(error).split())[:300]} ({HINT})"
 
 
-def _linear(objective: ObjectiveLike, case: Case) -> Iterator[str]:
+def _linear(objective: Objective, case: Case) -> Iterator[str]:
     leaves = [case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()]
     dense = case.dense(leaves[0] @ leaves[1].T, objective)
     ids, log_probs, count = dense.actions
@@ -234,7 +233,7 @@ def _linear(objective: ObjectiveLike, case: Case) -> Iterator[str]:
         yield from _differ(f"{what} from hidden states and more padding", x, y)
 
 
-def _padding(objective: ObjectiveLike, case: Case) -> Iterator[str]:
+def _padding(objective: Objective, case: Case) -> Iterator[str]:
     state = (case.tokens >= 0).unsqueeze(-1)
     results = []
     for spoilt in (False, True):
@@ -270,9 +269,9 @@ def _padding(objective: ObjectiveLike, case: Case) -> Iterator[str]:
             yield f"loss of a batch with {name}: expected 0, got {float(loss.detach())}"
 
 
-def _flags(objective: ObjectiveLike, case: Case) -> Iterator[str]:
+def _flags(objective: Objective, case: Case) -> Iterator[str]:
     flags = {
-        name: getattr(objective, name, True)
+        name: getattr(objective, name) is not False
         for name in ("bootstraps", "normalised", "starts", "looks_ahead", "demonstrations")
     }
     if flags["bootstraps"] and not flags["looks_ahead"]:
@@ -313,11 +312,11 @@ def _flags(objective: ObjectiveLike, case: Case) -> Iterator[str]:
             continue
         if any(_differ("", got[where], expected[where])):
             yield f"{flag}: expected True, since it reads {what}, got False"
-    if getattr(objective, "rowwise", False):
+    if objective.rowwise:
         yield from _rowwise(objective, case)
 
 
-def _rowwise(objective: ObjectiveLike, case: Case) -> Iterator[str]:
+def _rowwise(objective: Objective, case: Case) -> Iterator[str]:
     """A row and its successor alone must give the row's loss, as the linear forms ask for it."""
     actions = case.dense(case.student, objective).actions
     td_rows = TDRows.of(
@@ -354,7 +353,7 @@ def _differ(what: str, got: Tensor, wanted: Tensor) -> Iterator[str]:
         yield f"{what}: off by {float(off.max()):.3g}"
 
 
-QUESTIONS: dict[str, Callable[[ObjectiveLike, Case], Iterator[str]]] = {
+QUESTIONS: dict[str, Callable[[Objective, Case], Iterator[str]]] = {
     "gradient": _gradient,
     "linear": _linear,
     "padding": _padding,
@@ -388,8 +387,9 @@ def verify_objective(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"device: expected one of this machine, got {device}: {reason}") from error
+    objective = as_objective(objective)
     # which the ops refuse beside it
-    target = not getattr(objective, "starts", False)
+    target = not objective.starts
     for question, ask in QUESTIONS.items():
         tell(f"{name} {question}")
         finding = Finding(name, question, "float64")

@@ -14,7 +14,7 @@ from tdkd.bootstrap import NAME, TARGET, VALUE_HEAD, TargetNetwork
 from tdkd.cli import distill
 from tdkd.errors import UserError
 from tdkd.models import load_model, load_tokenizer
-from tdkd.objectives import ForwardKL, IQLearn
+from tdkd.objectives import ForwardKL, IQLearn, as_objective
 from tdkd.trainer import TDConfig, TDTrainer
 
 EMA = {"target_network": "ema", "target_decay": 0.9}
@@ -342,7 +342,8 @@ def test_what_would_cost_without_a_say_is_refused(tmp_path, tiny_teacher, tiny_s
             td_weight=0.0, **EMA,
         )  # fmt: skip
     # a function tells nothing of itself, and a sum may have one term that looks ahead
-    for objective in (lambda rows: rows.value, ForwardKL() + 0.1 * IQLearn()):
+    function = as_objective(lambda rows: rows.value)
+    for objective in (function, ForwardKL() + function, ForwardKL() + 0.1 * IQLearn()):
         bootstrap.check_of_use(objective, gamma=0.9, target_network="ema", value_head=True)
 
 

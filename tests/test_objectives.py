@@ -242,7 +242,7 @@ def test_functions_stand_in_sums(batch):
 
     for total in (ForwardKL(tail=True) + cross_entropy, cross_entropy + ForwardKL(tail=True)):
         flags = [getattr(total, flag) for flag in ("normalised", "starts", "demonstrations")]
-        assert flags == [True, True, True]
+        assert flags == [True, None, None]
         assert total.looks_ahead
         assert not total.bootstraps
         assert not total.rowwise
@@ -262,6 +262,28 @@ def test_functions_stand_in_sums(batch):
     torch.testing.assert_close(
         rows(batch, total).loss, rows(batch, JSD()).loss + rows(batch, cross_entropy).loss
     )
+
+
+def test_what_a_function_does_not_say_it_is_not_refused_for(batch):
+    """Alone and in a sum alike: it may have V' of a target network, and sees the occupancy."""
+    seen = []
+
+    def function(rows):
+        seen.append(rows.occupancy)
+        return rows.taken(rows.q) - rows.next_value
+
+    given = {"target_value": torch.randn(14)}
+    alone = rows(batch, function, **given).loss
+    torch.testing.assert_close(rows(batch, 0 * JSD() + function, **given).loss, alone)
+    assert len(seen) == 2
+    assert torch.equal(*seen)
+    function.starts = True
+    for objective in (function, JSD() + function):
+        with pytest.raises(ValueError, match="target_value: expected None with an objective that"):
+            rows(batch, objective, **given)
+    function.starts = False
+    rows(batch, JSD() + function, **given)
+    assert seen[-1] is None
 
 
 def test_a_list_adds_up(batch):

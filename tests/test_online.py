@@ -19,7 +19,16 @@ from trl.distributed import DistributedBackend
 from tdkd import online, ops
 from tdkd.errors import UserError
 from tdkd.models import load_model
-from tdkd.objectives import JSD, LSIQ, SQIL, CrossEntropy, ForwardKL, IQLearn, ReverseKL
+from tdkd.objectives import (
+    JSD,
+    LSIQ,
+    SQIL,
+    CrossEntropy,
+    ForwardKL,
+    IQLearn,
+    ReverseKL,
+    as_objective,
+)
 from tdkd.trainer import TDConfig, response_rows
 
 EOS = 2
@@ -1174,6 +1183,10 @@ def test_what_a_trainer_cannot_hold_is_refused(run):
     two = SimpleNamespace(**{**vars(args), "generation_batch_size": 3, "world_size": 2})
     with pytest.raises(UserError, match="generation_batch_size: expected a multiple of the 2 pro"):
         online.check(two, ForwardKL(), collator, run.teacher, whole=True)
+    # a function does not say whose tokens it learns from
+    alone = SimpleNamespace(**{**vars(args), "lmbda": 1.0, "world_size": 1})
+    for objective in (as_objective(lambda rows: rows.value), ForwardKL() + (lambda rows: rows.q)):
+        online.check(alone, objective, collator, run.teacher, whole=True)
 
 
 def test_a_checkpoint_with_a_cut_replay_is_refused(tmp_path, tiny_teacher, tiny_student):

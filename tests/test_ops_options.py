@@ -12,7 +12,7 @@ from tdkd.kernels import backends, routes
 from tdkd.kernels.batch_vocabulary.reference import inclusion, systematic
 from tdkd.kernels.linear_rows import reference as linear_rows_reference
 from tdkd.kernels.linear_rows.reference import position_in, row_chunks
-from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn, Objective, ReverseKL
+from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn, Objective, ReverseKL, as_objective
 from tdkd.td_rows import TDRows
 
 V, H = 90, 6
@@ -950,7 +950,9 @@ def test_rows_know_their_states_slots_and_successors():
     baseline = rows_of(rows.ids.tolist(), [2] * 5, [-2] * 5, objective=ForwardKL())
     assert torch.equal(baseline.counted, baseline.state)
     assert not baseline.looks_ahead
-    plain = rows_of(rows.ids.tolist(), [2] * 5, [-2] * 5, objective=lambda rows: rows.value)
+    plain = rows_of(
+        rows.ids.tolist(), [2] * 5, [-2] * 5, objective=as_objective(lambda rows: rows.value)
+    )
     assert plain.looks_ahead
     assert not plain.counted.any()
 

@@ -98,7 +98,7 @@ def in_forward(rows: TDRows, hidden: Tensor, weight: Tensor) -> bool:
     and their neighbours, and to look at these a GPU would have to wait for its host. There products
     of float16 would also lose what a loss scale, which comes in backward, is there to keep."""
     return (
-        getattr(rows.objective, "rowwise", False)
+        rows.objective.rowwise
         and rows.state_value is None
         and learns(hidden, weight)
         and not torch.compiler.is_compiling()

@@ -12,13 +12,16 @@ from tdkd.types import Rows
 
 
 class Objective:
-    """Base of the built-in objectives: gives them ``+`` and ``*`` and a readable ``repr``."""
+    """Base of the built-in objectives: gives them ``+`` and ``*`` and a readable ``repr``.
+
+    ``starts`` and ``demonstrations`` are None where a plain function does not say.
+    """
 
     bootstraps: bool = False
     normalised: bool = False
     rowwise: bool = False
-    starts: bool = False
-    demonstrations: bool = False
+    starts: bool | None = False
+    demonstrations: bool | None = False
 
     @property
     def looks_ahead(self) -> bool:
@@ -51,18 +54,17 @@ class Weighted(Objective):
     """``sum_j w_j objective_j``; a term that bootstraps gives 0 where V' is unknown.
 
     Args:
-        terms: pairs ``(weight, objective)``; a plain function counts as the ops count it, with
-            every flag that it does not have but ``rowwise``.
+        terms: pairs ``(weight, objective)``; a plain function counts as it does alone.
     """
 
     def __init__(self, terms: Sequence[tuple[float, ObjectiveLike]]) -> None:
-        self.terms = [(weight, _objective(term)) for weight, term in terms]
+        self.terms = [(weight, as_objective(term)) for weight, term in terms]
         objectives = [objective for _, objective in self.terms]
         self.bootstraps = all(objective.bootstraps for objective in objectives)
         self.normalised = any(objective.normalised for objective in objectives)
         self.rowwise = all(objective.rowwise for objective in objectives)
-        self.starts = any(objective.starts for objective in objectives)
-        self.demonstrations = any(objective.demonstrations for objective in objectives)
+        self.starts = _any([objective.starts for objective in objectives])
+        self.demonstrations = _any([objective.demonstrations for objective in objectives])
 
     @property
     def looks_ahead(self) -> bool:
@@ -82,13 +84,15 @@ class Weighted(Objective):
 
 
 class _Function(Objective):
-    """A plain function of ``Rows`` as a term of a sum."""
+    """A plain function of ``Rows``: where it has no flags, it is given everything."""
 
     def __init__(self, function: Callable[[Rows], Tensor]) -> None:
         self.function = function
-        for flag in ("bootstraps", "normalised", "starts", "demonstrations"):
-            setattr(self, flag, getattr(function, flag, True))
+        self.bootstraps = getattr(function, "bootstraps", True)
+        self.normalised = getattr(function, "normalised", True)
         self.rowwise = getattr(function, "rowwise", False)
+        self.starts = getattr(function, "starts", None)
+        self.demonstrations = getattr(function, "demonstrations", None)
 
     @property
     def looks_ahead(self) -> bool:
@@ -101,8 +105,13 @@ class _Function(Objective):
         return repr(self.function)
 
 
-def _objective(term: ObjectiveLike) -> Objective:
-    return term if isinstance(term, Objective) else _Function(term)
+def as_objective(objective: ObjectiveLike) -> Objective:
+    """With the flags that whoever calls it reads."""
+    return objective if isinstance(objective, Objective) else _Function(objective)
+
+
+def _any(flags: Sequence[bool | None]) -> bool | None:
+    return True if any(flags) else None if None in flags else False
 
 
 def _terms(objective: ObjectiveLike) -> Sequence[tuple[float, ObjectiveLike]]:
