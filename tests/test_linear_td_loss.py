@@ -101,6 +101,26 @@ def numbers(out):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+def test_successors_within_chunks_are_looked_at_where_none_is_in_another(products, objective):
+    """Responses that end, or are cut by a row that is no state, where chunks of four rows do."""
+    leaves, tokens, actions = make()
+    tokens = torch.where(tokens == -100, 3, tokens)
+    tokens[3] = -100
+    actions = ops.ActionSet(actions.ids.clone(), *actions[1:])
+    actions.ids[:, 0] = torch.where((actions.ids == tokens[:, None]).any(-1), actions.ids[:, 0],
+                                    tokens.clamp(min=0).int())  # fmt: skip
+    successor = torch.arange(1, ROWS + 1)
+    successor[3::4], successor[-1] = torch.tensor([-2, -1, -2, -1, -1]), -1
+    options = {"objective": objective, "successor": successor, "gamma": 0.9}
+    got = loss(leaves, tokens, actions, **options)
+    grads = torch.autograd.grad(got.loss, leaves)
+    assert sum(products) == ROWS
+    out, expected = exact_in_float64(leaves, tokens, actions, lambda out: out.loss, **options)
+    agree([got.loss, got.td_error], [out.loss, out.td_error])
+    agree(grads, expected)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 @pytest.mark.parametrize("q", ["log_prob", "logit"])
 @pytest.mark.parametrize(
     "options",

@@ -75,7 +75,7 @@ class _Loss(torch.autograd.Function):
             z[chunk], rest[chunk] = torch.ops.tdkd.student_rows(
                 logits, ids[chunk], *scale, log_weight, None
             )
-            if start.numel():
+            if rows.looks_ahead:
                 number = chunk.start // step
                 others = torch.cat([start[end // step == number], end[start // step == number]])
                 inside = torch.arange(chunk.start, chunk.stop, device=hidden.device)
