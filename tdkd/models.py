@@ -30,8 +30,18 @@ except (ImportError, RuntimeError) as error:  # lazy modules raise the latter
 logger = logging.getLogger("tdkd")
 
 # what transformers raises on a directory that it cannot make sense of
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    StrictDataclassError,
+)
 
+ADAPTER = "adapter_config.json"
+"""In a directory of PEFT, which holds an adapter alone."""
 # what configs call the numbers of a head
 LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
@@ -66,7 +76,7 @@ def check_model_path(path: str | Path, argument: str = "model") -> Path:
             )
         if not path.is_dir():
             raise UserError(f"{argument}: expected a model directory, got the file {path}")
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not (path / ADAPTER).is_file():
             raise UserError(f"{argument}: expected a model directory with config.json, got {path}")
     except OSError as error:
         raise UserError(
@@ -80,21 +90,26 @@ def load_model(
     *,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
     argument: str = "model",
 ) -> PreTrainedModel:
     """A causal language model from a local directory, from safetensors alone, in eval mode.
 
-    ``dtype="auto"`` is the checkpoint's own.
+    ``dtype="auto"`` is the checkpoint's own. The adapter of a PEFT directory is merged into the
+    base model that it names.
 
     Raises:
         UserError: the directory is missing, is no model, or cannot be read.
     """
     path = check_model_path(path, argument)
     check_device(device)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if not (path / "config.json").is_file():
+        return _merged(path, argument, device=device, **options)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=dtype,
+            **options,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -111,6 +126,26 @@ def load_model(
             f"{min(report['missing_keys'])}"
         )
     return model.to(device).eval()
+
+
+def _merged(path: Path, argument: str, **options: Any) -> PreTrainedModel:
+    """The base model that an adapter names, with the adapter in its weights."""
+    from peft import PeftConfig, PeftModel
+
+    try:
+        config = PeftConfig.from_pretrained(path)
+        if not (path / "adapter_model.safetensors").is_file():
+            raise OSError("no adapter_model.safetensors")  # PEFT would unpickle another file
+        base = load_model(config.base_model_name_or_path or "", argument=argument, **options)
+        merged = PeftModel.from_pretrained(base, path).merge_and_unload()
+        return merged.requires_grad_(True).eval()
+    except UserError as error:
+        raise UserError(f"{error} (the base model of the adapter in {path})") from error
+    except (*UNREADABLE, SafetensorError) as error:
+        raise UserError(
+            f"{argument}: expected an adapter of a causal language model in {path}, got "
+            f"{_first_line(error)}"
+        ) from error
 
 
 def check_device(device: str | torch.device) -> None:
@@ -216,6 +251,39 @@ def backbone(model: nn.Module) -> nn.Module:
 def last_hidden_state(model: nn.Module, **inputs: Any) -> Tensor:
     """``(B, T, H)``: what the head would see, without running the head. PEFT wrappers are fine."""
     return backbone(model)(**inputs, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def check_packed(model: PreTrainedModel, argument: str = "model") -> None:
+    """Refuses a model that reads across the sequences of a padding-free batch, whose limits the
+    positions alone tell.
+
+    Two sequences of four tokens go through its body, side by side and in one row. A model that
+    cannot run on them is not judged.
+
+    Raises:
+        UserError: hidden states differ by more than rounding.
+    """
+    training = [module for module in model.modules() if module.training]
+    ids = torch.arange(8, device=model.device).view(2, 4)
+    positions = torch.arange(4, device=model.device).repeat(2).unsqueeze(0)
+    try:
+        model.eval()
+        apart = last_hidden_state(model, input_ids=ids).flatten(0, 1).float()
+        packed = last_hidden_state(model, input_ids=ids.view(1, 8), position_ids=positions)[0]
+    except Exception as error:
+        logger.warning("%s: padding-free batches not checked, %s", argument, _first_line(error))
+        return
+    finally:
+        for module in training:
+            module.training = True
+    rounding = max(1e-3, 8 * torch.finfo(packed.dtype).eps)
+    if (packed.float() - apart).abs().max() > rounding * apart.abs().max():
+        raise UserError(
+            f"{argument}: expected a model that keeps the sequences of padding_free or packed "
+            f"batches apart, got {model.config.model_type}, which reads from one into the next; "
+            "pad the batches"
+        )
 
 
 @torch.no_grad()

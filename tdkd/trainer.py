@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from tdkd.models import (
     backbone,
     check_head,
     check_model_path,
+    check_packed,
     eos_token_ids,
     last_hidden_state,
     lm_head,
@@ -56,6 +58,46 @@ logger = logging.getLogger("tdkd")
 
 Imitation = Literal["forward_kl", "reverse_kl", "cross_entropy", "none"]
 IMITATION = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL, "cross_entropy": CrossEntropy}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "teacher": ("live", "cache"),
+    "q_level": get_args(ops.Level),
+    "normaliser": get_args(ops.Normaliser),
+    "batch_vocabulary_law": ("student", "uniform"),
+    "imitation": get_args(Imitation),
+    "td_phi": tuple(PHIS),
+    "td_expectation": ("token", "teacher"),
+    "target_network": ("none", "ema"),
+}
+"""Words that fields of :class:`TDConfig` may be."""
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "action_top_k": (lambda x: x >= 1, ">= 1"),
+    "action_top_p": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "gamma": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "batch_vocabulary_extra": (lambda x: x >= 0, ">= 0"),
+    "imitation_weight": (lambda x: x >= 0, ">= 0"),
+    "td_weight": (lambda x: x >= 0, ">= 0"),
+    "td_alpha": (lambda x: x > 0, "> 0"),
+    "target_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "target_every": (lambda x: x >= 1, ">= 1"),
+    "lm_weight": (lambda x: x >= 0, ">= 0"),
+    "student_temperature": (lambda x: x > 0, "> 0"),
+    "teacher_temperature": (lambda x: x > 0, "> 0"),
+    "vocab_size": (lambda x: x >= 1, ">= 1"),
+    "lmbda": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "max_completion_length": (lambda x: x >= 1, ">= 1"),
+    "temperature": (lambda x: x >= 0, ">= 0"),
+    "top_k": (lambda x: x >= 0, ">= 0"),
+    "top_p": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "teacher_mixture": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "generation_batch_size": (lambda x: x >= 1, ">= 1"),
+    "vllm_gpu_memory_utilization": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "replay_size": (lambda x: x >= 0, ">= 0"),
+    "replay_ratio": (lambda x: 0 <= x < 1, "in [0, 1)"),
+}
+"""Whether a number will do for a field of :class:`TDConfig`, and which would, in words."""
+NEVER_CALLED = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
+"""What ``SFTTrainer`` takes and would give logits to."""
 
 
 @dataclass
@@ -230,48 +272,7 @@ class TDConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        choices = {
-            "teacher": ("live", "cache"),
-            "q_level": get_args(ops.Level),
-            "normaliser": get_args(ops.Normaliser),
-            "batch_vocabulary_law": ("student", "uniform"),
-            "imitation": get_args(Imitation),
-            "td_phi": tuple(PHIS),
-            "td_expectation": ("token", "teacher"),
-            "target_network": ("none", "ema"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        ranges = {
-            "action_top_k": (self.action_top_k >= 1, ">= 1"),
-            "action_top_p": (0 < self.action_top_p <= 1, "in (0, 1]"),
-            "gamma": (0 <= self.gamma <= 1, "in [0, 1]"),
-            "batch_vocabulary_extra": (self.batch_vocabulary_extra >= 0, ">= 0"),
-            "imitation_weight": (self.imitation_weight >= 0, ">= 0"),
-            "td_weight": (self.td_weight >= 0, ">= 0"),
-            "td_alpha": (self.td_alpha > 0, "> 0"),
-            "target_decay": (0 <= self.target_decay < 1, "in [0, 1)"),
-            "target_every": (self.target_every >= 1, ">= 1"),
-            "lm_weight": (self.lm_weight >= 0, ">= 0"),
-            "student_temperature": (self.student_temperature > 0, "> 0"),
-            "teacher_temperature": (self.teacher_temperature > 0, "> 0"),
-            "lmbda": (0 <= self.lmbda <= 1, "in [0, 1]"),
-            "max_completion_length": (self.max_completion_length >= 1, ">= 1"),
-            "temperature": (self.temperature >= 0, ">= 0"),
-            "top_k": (self.top_k >= 0, ">= 0"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "teacher_mixture": (0 <= self.teacher_mixture <= 1, "in [0, 1]"),
-            "generation_batch_size": (
-                self.generation_batch_size is None or self.generation_batch_size >= 1,
-                ">= 1",
-            ),
-            "vllm_gpu_memory_utilization": (0 < self.vllm_gpu_memory_utilization <= 1, "in (0, 1]"),
-            "replay_size": (self.replay_size >= 0, ">= 0"),
-            "replay_ratio": (0 <= self.replay_ratio < 1, "in [0, 1)"),
-        }
+        self._check_values()
         if (self.teacher == "cache") != (self.teacher_cache is not None):
             raise UserError(
                 "teacher_cache: expected a folder with teacher: cache, and none otherwise, got "
@@ -292,9 +293,6 @@ class TDConfig(SFTConfig):
                 "loss_type: expected 'nll' and no label_smoothing_factor, got "
                 f"{self.loss_type!r} and {self.label_smoothing_factor}"
             )
-        for name, (fits, expected) in ranges.items():
-            if not fits:
-                raise UserError(f"{name}: expected a number {expected}, got {getattr(self, name)}")
         if bool(self.replay_size) != bool(self.replay_ratio):
             raise UserError(
                 "replay_size: expected it together with replay_ratio, got "
@@ -330,6 +328,24 @@ class TDConfig(SFTConfig):
         if self.bf16 is None and not torch.accelerator.is_available():  # type: ignore[has-type]
             self.bf16 = False
         super().__post_init__()
+
+    def _check_values(self) -> None:
+        """Each field by itself: one of the words that it may be, or a number in its range."""
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        for name, (fits, expected) in RANGES.items():
+            value, kind = getattr(self, name), TDConfig.__annotations__[name]
+            if value is None and kind.endswith("| None"):
+                continue
+            whole = kind.startswith("int")
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+                number = "an integer" if whole else "a number"
+                raise UserError(f"{name}: expected {number} {expected}, got {value!r}")
+            if not fits(value):
+                raise UserError(f"{name}: expected a number {expected}, got {value}")
 
     def build_objective(self) -> Objective | None:
         """The objective that the fields describe; None for a plain warm start.
@@ -389,17 +405,24 @@ class TDTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel | None = None,
+        model: str | Path | PreTrainedModel,
+        teacher_model: str | Path | PreTrainedModel | None = None,
         args: TDConfig | None = None,
         *,
         objective: ObjectiveLike | None = None,
         **trainer: Any,
     ) -> None:
         args = TDConfig() if args is None else args
-        if isinstance(model, str):
+        if not isinstance(args, TDConfig):
+            raise UserError(f"args: expected a TDConfig, got {type(args).__name__}")
+        for name in NEVER_CALLED:
+            if trainer.get(name) is not None:
+                raise UserError(f"{name}: expected None, since no logits exist here, got one")
+        if teacher_model is model and not isinstance(model, str | Path):
+            raise UserError("teacher_model: expected another model than the student, got the same")
+        if isinstance(model, str | Path):
             # TRL loads it, from what we would load
-            check_model_path(model)
+            model = str(check_model_path(model))
             options = {**(args.model_init_kwargs or {}), "use_safetensors": True}
             if options.get("trust_remote_code"):
                 raise UserError(
@@ -439,6 +462,13 @@ class TDTrainer(SFTTrainer):
         bootstrap.check_whole(self._whole, **extras)
         if self._whole:
             check_head(student)
+            if self.padding_free:
+                check_packed(student)
+        if self.aux_loss_enabled:
+            raise UserError(
+                "router_aux_loss_coef: expected 0 with a mixture of experts, whose load-balancing "
+                f"loss is no part of this one, got {self.router_aux_loss_coef}"
+            )
         self._compile(student)
         if args.value_head:
             bootstrap.add_value_head(student, lm_head(student).weight.shape[1])
@@ -517,7 +547,7 @@ class TDTrainer(SFTTrainer):
                     collator([next(iter(dataset))])
 
     def _prepared_teacher(
-        self, given: str | PreTrainedModel | None, student: Head, args: TDConfig
+        self, given: str | Path | PreTrainedModel | None, student: Head, args: TDConfig
     ) -> nn.Module:
         given = args.teacher_model_name_or_path if given is None else given
         if given is None:
@@ -525,22 +555,30 @@ class TDTrainer(SFTTrainer):
                 "teacher_model: expected a teacher for this objective, got none; "
                 "set teacher_model_name_or_path"
             )
-        teacher: PreTrainedModel = given
-        if isinstance(given, str):
+        if isinstance(given, str | Path):
             teacher = load_model(
                 given,
                 dtype=student.weight.dtype,
                 device=self.accelerator.device if self._whole else "cpu",
                 argument="teacher_model_name_or_path",
             )
+        else:
+            teacher = given
         sizes = student.weight.shape[0], lm_head(teacher).weight.shape[0]
         if sizes[0] != sizes[1] and args.vocab_size is None:
             raise UserError(
                 f"teacher_model: expected the student's vocabulary of {sizes[0]}, got {sizes[1]}; "
                 "where they differ by padding alone, set vocab_size"
             )
+        if args.vocab_size is not None and args.vocab_size > min(sizes):
+            raise UserError(
+                f"vocab_size: expected at most {min(sizes)}, the smaller vocabulary, got "
+                f"{args.vocab_size}"
+            )
         if self._whole:
             check_head(teacher, "teacher_model")
+            if self.padding_free:
+                check_packed(teacher, "teacher_model")
         self._compile(teacher)
         teacher.requires_grad_(False)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True).eval()
@@ -938,6 +976,11 @@ def _opened_cache(args: TDConfig) -> Cache:
                 f"{name}: expected {kept} as in {cache.path}, got {wanted}; tdkd cache has an "
                 "option of that name"
             )
+    if args.completion_only_loss is False:
+        raise UserError(
+            f"completion_only_loss: expected None or True with teacher: cache, whose labels are in "
+            f"{cache.path}, got False"
+        )
     return cache
 
 

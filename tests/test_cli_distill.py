@@ -6,12 +6,15 @@ import shutil
 import sys
 
 import pytest
+import torch
 import yaml
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tdkd import cli, ops
 from tdkd.cli import distill
-from tdkd.models import load_tokenizer
+from tdkd.errors import UserError
+from tdkd.models import load_model, load_tokenizer
 from tdkd.trainer import TDConfig
 
 RECORDS = [
@@ -88,6 +91,41 @@ def test_without_matplotlib_there_is_a_log_and_no_picture(setting, tmp_path, mon
     assert 'no curves.png: pip install "tdkd[train]"' in capsys.readouterr().err
 
 
+def test_an_adapter_is_read_with_its_base_model(setting, tmp_path):
+    """What distill leaves of LoRA is a model for the other commands, and for distill itself."""
+    path, content = setting
+    distill.run([str(path), "--use_peft", "true", "--lora_target_modules", "all-linear"])
+    final = tmp_path / "out" / "final"
+    assert not (final / "config.json").exists()
+    ids = torch.arange(9).unsqueeze(0)
+    with torch.no_grad():
+        merged, base = (load_model(x)(ids).logits for x in (final, content["model_name_or_path"]))
+        expected = AutoPeftModelForCausalLM.from_pretrained(final).eval()(ids).logits
+    torch.testing.assert_close(merged, expected)
+    assert (merged - base).abs().max() > 1e-4
+    assert load_tokenizer(final).chat_template
+    more = ["--model_name_or_path", str(final), "--output_dir", str(tmp_path / "more")]
+    distill.run([str(path), *more])
+    assert (tmp_path / "more" / "final" / "config.json").is_file()
+    for file in final.glob("adapter_model.*"):
+        file.rename(final / "adapter_model.bin")
+    with pytest.raises(UserError, match="an adapter .*got no adapter_model.safetensors"):
+        load_model(final)
+    named = json.loads((final / "adapter_config.json").read_text())
+    (final / "adapter_config.json").write_text(
+        json.dumps({**named, "base_model_name_or_path": str(tmp_path / "nowhere")})
+    )
+    (final / "adapter_model.bin").rename(final / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="nowhere, which does not exist .*base model of the adap"):
+        load_model(final)
+
+
+def test_the_dtype_of_the_student_is_the_one_that_was_asked_for(setting, tmp_path):
+    path, _ = setting
+    distill.run([str(path), "--dtype", "bfloat16", "--max_steps", "1"])
+    assert load_model(tmp_path / "out" / "final", dtype="auto").dtype == torch.bfloat16
+
+
 def test_an_objective_by_name_in_the_file_and_as_a_flag(setting, tmp_path):
     path, content = setting
     text = "JSD(0.3, tail=True) + 0.1 * SoftTD(steps=2)"
@@ -124,6 +162,17 @@ REFUSED = {
     "bad_value": ([], {"gamma": 2.0}, "gamma: expected a number in [0, 1], got 2.0"),
     "bad_flag_value": (["--max_steps", "many"], {}, "max_steps"),
     "bad_objective": ([], {"objective": "KL() + JSD"}, "objective: expected one of ForwardKL"),
+    "model_init_kwargs": ([], {"model_init_kwargs": {"dtype": "float16"}}, "model_init_kwargs: "),
+    "resume_from": (["--resume_from_checkpoint", "x"], {}, "resume_from_checkpoint: expected it"),
+    "four_bits": (["--load_in_4bit", "true"], {}, "load_in_4bit: expected it to be left out"),
+    "attention": (["--attn_implementation", "foo"], {}, "model_name_or_path: expected a causal"),
+    "no_eval_file": (["--eval_strategy", "steps"], {}, "eval_strategy: expected 'no' without eval"),
+    "too_short": (["--max_length", "3"], {}, "max_length: expected an example whose response"),
+    "lora_target": (
+        ["--use_peft", "true", "--lora_target_modules", "zzz"],
+        {},
+        "config: Target modules",
+    ),
     "two_objectives": (
         ["--td_weight", "0.3"],
         {"objective": "JSD"},

@@ -12,6 +12,7 @@ from tdkd.models import (
     Head,
     backbone,
     check_head,
+    check_packed,
     last_hidden_state,
     lm_head,
     load_model,
@@ -302,3 +303,30 @@ def test_prune_refuses_a_model_whose_layers_it_cannot_find(tiny_teacher):
     model.config.num_hidden_layers = 7
     with pytest.raises(UserError, match="expected one list of 7 layers in LlamaModel, got 0"):
         prune_layers(model, 2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_packed_sequences_are_kept_apart_by_their_positions(kind):
+    model = small(kind).train()
+    check_packed(model)
+    assert model.training
+
+
+@pytest.mark.parametrize("family", ["OPT", "Bloom"])
+def test_a_model_that_reads_from_one_packed_sequence_into_the_next_is_refused(family):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2}
+    if family == "OPT":
+        shape |= {"ffn_dim": 32, "num_hidden_layers": 2, "word_embed_proj_dim": 16}
+    else:
+        shape |= {"n_head": 2, "n_layer": 2}
+    config = getattr(transformers, f"{family}Config")(**shape, pad_token_id=0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with pytest.raises(UserError, match=f"student: expected a model that .*got {family.lower()}"):
+        check_packed(model, "student")
+
+
+def test_a_model_that_cannot_be_packed_is_not_judged(monkeypatch, caplog):
+    monkeypatch.setattr(tdkd.models, "last_hidden_state", lambda model, **inputs: 1 / 0)
+    check_packed(small("llama"))
+    assert "padding-free batches not checked" in caplog.text

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,8 @@ from tdkd.objectives import ForwardKL, IQLearn, parse
 from tdkd.trainer import TDConfig, TDTrainer, response_rows
 
 datasets = pytest.importorskip("datasets")
+transformers = pytest.importorskip("transformers")
+trl = pytest.importorskip("trl")
 
 WORDS = ["one two", "red", "a b c d e", "why?", "north by east", "0123", "tick tock", "zig"]
 
@@ -547,9 +550,23 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+WRONG_KINDS = {
+    "action_top_k": ("64", "action_top_k: expected an integer >= 1, got '64'"),
+    "target_every": (1.5, "target_every: expected an integer >= 1, got 1.5"),
+    "replay_size": (1.5, "replay_size: expected an integer >= 0, got 1.5"),
+    "action_top_p": (True, r"action_top_p: expected a number in \(0, 1\], got True"),
+    "gamma": ("x", r"gamma: expected a number in \[0, 1\], got 'x'"),
+    "lmbda": (None, r"lmbda: expected a number in \[0, 1\], got None"),
+    "vocab_size": (-1, "vocab_size: expected a number >= 1, got -1"),
+    "objective": (5, "objective: expected the text of a sum, got 5"),
+}
+
+
+@pytest.mark.parametrize("name", [*REFUSED, *(f"{name} kind" for name in WRONG_KINDS)])
 def test_wrong_fields_are_named(tmp_path, name):
-    value, message = REFUSED[name]
+    plain = name.removesuffix(" kind")
+    value, message = REFUSED[name] if name in REFUSED else WRONG_KINDS[plain]
+    name = plain
     with pytest.raises(UserError, match=message):
         TDConfig(output_dir=str(tmp_path), **{name: value})
 
@@ -572,6 +589,55 @@ def test_missing_teacher_and_other_vocabulary_are_refused(tmp_path, tiny_teacher
             train_dataset=conversations(),
             processing_class=load_tokenizer(tiny_student),
         )
+
+
+def test_what_the_trainer_has_no_use_for_is_refused(tmp_path, tiny_teacher, tiny_student):
+    student, teacher = load_model(tiny_student), load_model(tiny_teacher)
+    options = {
+        "train_dataset": conversations(), "processing_class": load_tokenizer(tiny_student),
+    }  # fmt: skip
+    for message, given in (
+        ("compute_metrics: expected None", {"compute_metrics": lambda prediction: {}}),
+        ("compute_loss_func: expected None", {"compute_loss_func": lambda *given: 0}),
+        ("teacher_model: expected another model", {"teacher_model": student}),
+        ("args: expected a TDConfig, got SFTConfig", {"args": trl.SFTConfig(bf16=False)}),
+        ("vocab_size: expected at most 264", {"args": config(tmp_path, vocab_size=265)}),
+    ):
+        defaults = {"teacher_model": teacher, "args": config(tmp_path)}
+        with pytest.raises(UserError, match=message):
+            TDTrainer(student, **{**options, **defaults, **given})
+    for objective in (ForwardKL, "ForwardKL", 5):
+        with pytest.raises(TypeError, match="objective: expected an objective or a function of"):
+            TDTrainer(student, teacher, config(tmp_path), objective=objective, **options)
+
+
+def test_models_by_path(tmp_path, tiny_teacher, tiny_student):
+    run = TDTrainer(
+        Path(tiny_student), Path(tiny_teacher), config(tmp_path), train_dataset=conversations(),
+        processing_class=load_tokenizer(tiny_student),
+    )  # fmt: skip
+    assert run.teacher.config.num_hidden_layers > 0
+
+
+def test_a_mixture_of_experts_learns_without_its_load_balance_or_not_at_all(tmp_path, tiny_student):
+    def experts():
+        torch.manual_seed(0)
+        return transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(
+                vocab_size=264, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                num_attention_heads=2, num_key_value_heads=1, num_local_experts=2,
+            )
+        )  # fmt: skip
+
+    def made(**options):
+        return TDTrainer(
+            experts(), experts(), config(tmp_path, max_steps=1, **options),
+            train_dataset=conversations(), processing_class=load_tokenizer(tiny_student),
+        )  # fmt: skip
+
+    with pytest.raises(UserError, match="router_aux_loss_coef: expected 0 with a mixture"):
+        made()
+    made(router_aux_loss_coef=0.0).train()
 
 
 def _ddp_worker(rank, world, port, folder, teacher, student):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
@@ -57,6 +58,7 @@ def run(args: list[str]) -> None:
     data, config, model = _parse(args)
     if model.model_name_or_path is None:
         raise UserError("model_name_or_path: expected the student's directory, got none")
+    _check_options(data, config, model)
     check_model_path(model.model_name_or_path, "model_name_or_path")
     if config.teacher_model_name_or_path is not None:
         check_model_path(config.teacher_model_name_or_path, "teacher_model_name_or_path")
@@ -103,14 +105,30 @@ def run(args: list[str]) -> None:
     config.prediction_loss_only = True
 
     with shown_log() if config.process_index == 0 else nullcontext():
-        trainer = kind(
-            load_model(model.model_name_or_path, argument="model_name_or_path"),
-            args=config,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            peft_config=get_peft_config(model),
+        student = load_model(
+            model.model_name_or_path,
+            dtype="auto" if model.dtype == "auto" else getattr(torch, model.dtype),
+            attn_implementation=model.attn_implementation,
+            argument="model_name_or_path",
         )
+        try:
+            trainer = kind(
+                student,
+                args=config,
+                train_dataset=train,
+                eval_dataset=held_out,
+                processing_class=tokenizer,
+                peft_config=get_peft_config(model),
+            )
+        except UserError:
+            raise
+        except (ValueError, ImportError) as error:  # of options that TRL or transformers refuse
+            raise UserError(f"config: {error}") from error
+        if isinstance(trainer.train_dataset, Dataset) and not len(trainer.train_dataset):
+            raise UserError(
+                f"max_length: expected an example whose response begins within it, got none at "
+                f"{config.max_length}"
+            )
         if last is not None:
             console.print(f"resuming from {last}", markup=False, soft_wrap=True)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -127,6 +145,31 @@ def run(args: list[str]) -> None:
             console.print('no curves.png: pip install "tdkd[train]"', markup=False)
         elif curves.draw(picture, trainer.state.log_history):
             console.print(f"curves in {picture}", markup=False, soft_wrap=True)
+
+
+def _check_options(data: DataConfig, config: TDConfig, model: ModelConfig) -> None:
+    """Refuses options of TRL that have no use here, or none as the others are.
+
+    Raises:
+        UserError: naming the first one that was given.
+    """
+    for name, given, instead in (
+        (
+            "model_init_kwargs",
+            config.model_init_kwargs,
+            "dtype and attn_implementation are options",
+        ),
+        ("resume_from_checkpoint", config.resume_from_checkpoint, "resume takes the last one"),
+        ("model_revision", model.model_revision != "main", "models are directories"),
+        ("load_in_8bit", model.load_in_8bit, "weights are not quantised"),
+        ("load_in_4bit", model.load_in_4bit, "weights are not quantised"),
+    ):
+        if given:
+            raise UserError(f"{name}: expected it to be left out ({instead}), got it")
+    if config.eval_strategy != "no" and data.eval_file is None:
+        raise UserError(
+            f"eval_strategy: expected 'no' without eval_file, got {str(config.eval_strategy)!r}"
+        )
 
 
 def save_whole(trainer: TDTrainer, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:

@@ -106,8 +106,20 @@ class _Function(Objective):
 
 
 def as_objective(objective: ObjectiveLike) -> Objective:
-    """With the flags that whoever calls it reads."""
-    return objective if isinstance(objective, Objective) else _Function(objective)
+    """With the flags that whoever calls it reads.
+
+    Raises:
+        TypeError: it is neither an objective nor a function.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if not callable(objective) or isinstance(objective, type):
+        got = f"the class {objective.__name__}" if callable(objective) else repr(objective)
+        raise TypeError(
+            f"objective: expected an objective or a function of Rows, got {got}; "
+            "tdkd.objectives.parse makes one of text"
+        )
+    return _Function(objective)
 
 
 def _any(flags: Sequence[bool | None]) -> bool | None:

@@ -40,6 +40,8 @@ def parse(text: str) -> Objective:
     >>> parse("ForwardKL(tail=True) + 0.5 * JSD(0.3)")
     1 * ForwardKL(tail=True) + 0.5 * JSD(tail=False, beta=0.3)
     """
+    if not isinstance(text, str):
+        raise ValueError(f"objective: expected the text of a sum, got {text!r}")
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError) as error:
