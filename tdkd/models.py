@@ -132,10 +132,10 @@ def _merged(path: Path, argument: str, **options: Any) -> PreTrainedModel:
     """The base model that an adapter names, with the adapter in its weights."""
     from peft import PeftConfig, PeftModel
 
+    if not (path / "adapter_model.safetensors").is_file():  # PEFT would unpickle another file
+        raise UserError(f"{argument}: expected adapter_model.safetensors in {path}, got none")
     try:
         config = PeftConfig.from_pretrained(path)
-        if not (path / "adapter_model.safetensors").is_file():
-            raise OSError("no adapter_model.safetensors")  # PEFT would unpickle another file
         base = load_model(config.base_model_name_or_path or "", argument=argument, **options)
         merged = PeftModel.from_pretrained(base, path).merge_and_unload()
         return merged.requires_grad_(True).eval()
