@@ -279,6 +279,7 @@ def td_target(
     if reward is not None:
         _floating("reward", reward, dims=0)
         _same_shape("reward", reward, value.shape, "value")
+        _same_device("reward", reward, value)
         reward = reward.to(value.dtype).flatten()
     op = _td_target if _fused(impl, value) else _td_target_reference
     target = op.td_target(value.flatten(), successor.flatten(), reward, gamma=gamma, lam=lam)
@@ -390,6 +391,8 @@ def td_loss(
     _tokens("tokens", tokens, lead, student_logits)
     if check:
         _tokens_fit(tokens, student_logits.shape[-1], ignore_index)
+    elif _looked_at(tokens):
+        _ids_below("tokens", tokens, student_logits.shape[-1], ignore_index)
     _selection(k, top_p)
     scale = _scale("", temperature, softcap, logit_scale)
     teacher_scale = _scale("teacher_", teacher_temperature, teacher_softcap, teacher_logit_scale)
@@ -397,6 +400,7 @@ def td_loss(
     state = tokens != ignore_index
     if check:
         _usable("teacher_logits", teacher_logits, state)
+        _usable("student_logits", student_logits, state)
     objective = as_objective(IQLearn() if objective is None else objective)
 
     # rows that are no states are not even read
@@ -583,6 +587,8 @@ def linear_logsumexp(
     lead = hidden.shape[:-1]
     flat = hidden.reshape(lead.numel(), hidden.shape[-1])
     nothing = torch.empty((flat.shape[0], 0), dtype=torch.int64, device=hidden.device)
+    if vocabulary is not None:
+        vocabulary = _weighted_columns(vocabulary, hidden, weight)
     linear_rows = _linear_rows_of(impl, hidden, weight, 1)
     rows = linear_rows(flat, weight, bias, nothing, scale, vocabulary)
     return rows.log_rest.view(lead)
@@ -643,6 +649,7 @@ def linear_log_probs(
     k = ids.shape[-1]
     flat, ids_of = hidden.reshape(lead.numel(), hidden.shape[-1]), ids.reshape(lead.numel(), k)
     if vocabulary is not None:
+        vocabulary = _weighted_columns(vocabulary, hidden, weight, check)
         _holds(vocabulary, ids_of, check)
     linear_rows = _linear_rows_of(impl, hidden, weight, k)
     z, log_rest = linear_rows(flat, weight, bias, ids_of, scale, vocabulary)
@@ -818,7 +825,10 @@ def linear_td_loss(
     scale = _scale("", temperature, softcap, logit_scale)
     state = tokens != ignore_index
     if check:
+        _usable("student_hidden", student_hidden, state)
         _tokens_fit(tokens, weight.shape[0], ignore_index)
+    elif _looked_at(tokens):
+        _ids_below("tokens", tokens, weight.shape[0], ignore_index)
 
     if (teacher_hidden is None) != (teacher_weight is None) or (teacher_hidden is None) == (
         actions is None
@@ -847,6 +857,7 @@ def linear_td_loss(
                 f"{tuple(teacher_hidden.shape[:-1])}"
             )
         _same_device("teacher_hidden", teacher_hidden, student_hidden)
+        _floating("teacher_weight", teacher_weight)
         _same_vocabulary(
             "teacher_weight", teacher_weight.shape[0], student_weight.shape[0], vocab_size
         )
@@ -874,7 +885,7 @@ def linear_td_loss(
             impl,
         )
     else:
-        _set_ids("actions", actions.ids, lead, student_hidden)
+        actions = _action_sets(actions, lead, student_hidden, state, check)
 
     # rows that are no states have no say in which columns exist, nor in the head's gradient, where
     # a NaN of theirs would survive as 0 * NaN
@@ -929,6 +940,7 @@ def linear_td_loss(
             vocabulary = None
             route += ", for the batch vocabulary would hold most"
     elif vocabulary is not None:
+        vocabulary = _weighted_columns(vocabulary, flat, weight, check)
         _holds(vocabulary, rows.ids, check)
     if vocabulary is not None:
         route = "log Z from the batch vocabulary"
@@ -974,6 +986,33 @@ def _bucketed(vocabulary: Vocabulary) -> Vocabulary:
     spare = (0, -ids.numel() % _routes.CAPACITY_STEP)
     pad = torch.nn.functional.pad
     return Vocabulary(pad(ids, spare, value=-1), pad(log_weight, spare, value=-torch.inf))
+
+
+def _weighted_columns(
+    vocabulary: Vocabulary, hidden: Tensor, weight: Tensor, check: bool = False
+) -> Vocabulary:
+    """A vocabulary with weights in the dtype that kernel and reference add up in."""
+    if not isinstance(vocabulary, Vocabulary):
+        raise TypeError(
+            f"vocabulary: expected a Vocabulary, as batch_vocabulary returns it, got "
+            f"{type(vocabulary).__name__}"
+        )
+    ids, log_weight = vocabulary
+    _integers("vocabulary.ids", ids)
+    if ids.dim() != 1:
+        raise ValueError(f"vocabulary.ids: expected (M,), got {tuple(ids.shape)}")
+    _same_device("vocabulary.ids", ids, hidden)
+    _floating("vocabulary.log_weight", log_weight)
+    _same_shape("vocabulary.log_weight", log_weight, ids.shape, "its ids")
+    _same_device("vocabulary.log_weight", log_weight, hidden)
+    if _looked_at(ids, check):
+        _ids_below("vocabulary.ids", ids, weight.shape[0])
+        if bool(((ids < 0) & (log_weight > -torch.inf)).any()):
+            raise ValueError("vocabulary.log_weight: expected -inf where an id is negative")
+        if bool((ids[1:] <= ids[:-1])[ids[1:] >= 0].any()):
+            raise ValueError("vocabulary.ids: expected ascending, distinct ids, padded at the end")
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return Vocabulary(ids, log_weight.detach().to(wide))
 
 
 def _holds(vocabulary: Vocabulary, ids: Tensor, check: bool) -> None:
@@ -1077,7 +1116,14 @@ def _divisor(
         return rows.counted.sum().clamp(min=1)
     # without items there is nothing to lose
     if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.numel() != 1:
+            raise ValueError(
+                "num_items_in_batch: expected one number, got a tensor of shape "
+                f"{tuple(num_items_in_batch.shape)}"
+            )
+        num_items_in_batch = num_items_in_batch.reshape(())
         return torch.where(num_items_in_batch == 0, torch.inf, num_items_in_batch)
+    _within("num_items_in_batch", num_items_in_batch, 0, float("inf"))
     return num_items_in_batch or torch.inf
 
 
@@ -1120,12 +1166,20 @@ def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
+def _number(name: str, value: float) -> None:
+    """Scalars of any kind, symbolic ones of the compiler too."""
+    if value is None or isinstance(value, str | Sequence):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
 def _within(name: str, value: float, low: float, high: float) -> None:
+    _number(name, value)
     if not low <= value <= high:
         raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}], got {value!r}")
 
 
 def _positive(name: str, value: float) -> None:
+    _number(name, value)
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
 
@@ -1143,6 +1197,7 @@ def _selection(k: int, top_p: float) -> None:
         raise TypeError(f"k: expected an int, got {type(k).__name__}")
     if k < 1:
         raise ValueError(f"k: expected an int >= 1, got {k}")
+    _number("top_p", top_p)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
 
@@ -1181,10 +1236,37 @@ def _set_ids(name: str, ids: Tensor, lead: torch.Size, like: Tensor) -> None:
     _same_device(name, ids, like)
 
 
+def _action_sets(
+    actions: ActionSet, lead: torch.Size, like: Tensor, state: Tensor, check: bool
+) -> ActionSet:
+    if not isinstance(actions, ActionSet):
+        raise TypeError(f"actions: expected an ActionSet, got {type(actions).__name__}")
+    ids, log_probs, _ = actions
+    _set_ids("actions", ids, lead, like)
+    _floating("actions.log_probs", log_probs)
+    _same_shape("actions.log_probs", log_probs, ids.shape, "actions.ids")
+    _same_device("actions.log_probs", log_probs, like)
+    if check:
+        above = (ids >= 0) & state.unsqueeze(-1) & ~(log_probs <= 1e-3)  # rounding, or NaN
+        if bool(above.any()):
+            raise ValueError(
+                "actions.log_probs: expected log-probabilities, at most 0, got "
+                f"{float(log_probs[above][0]):g}"
+            )
+    return actions._replace(log_probs=log_probs.detach())
+
+
 def _successor(successor: Tensor, shape: torch.Size, like: Tensor) -> None:
     _integers("successor", successor)
     _same_shape("successor", successor, shape, "the rows")
     _same_device("successor", successor, like)
+    if successor.numel() and _looked_at(successor):
+        low, high = (int(x) for x in successor.aminmax())
+        if low < -2 or high >= successor.numel():
+            raise ValueError(
+                f"successor: expected rows from 0 to {successor.numel() - 1}, -1 or -2, got "
+                f"{low if low < -2 else high}"
+            )
 
 
 def _same_shape(name: str, x: Tensor, shape: torch.Size, of: str) -> None:
@@ -1252,7 +1334,9 @@ def _head(
     return weight, bias
 
 
-def _ids_below(name: str, ids: Tensor, vocab: int) -> None:
+def _ids_below(name: str, ids: Tensor, vocab: int, ignore_index: int | None = None) -> None:
+    if ignore_index is not None and ignore_index >= vocab:
+        ids = ids[ids != ignore_index]
     if ids.numel() and int(ids.max()) >= vocab:
         raise ValueError(
             f"{name}: expected ids below the vocabulary's size {vocab}, got {int(ids.max())}"

@@ -209,6 +209,8 @@ class TDRows:
             expert_weight=weight,
         )
         per_row = self.objective(rows)
+        if not isinstance(per_row, Tensor):
+            raise TypeError(f"objective: expected a tensor, got {type(per_row).__name__}")
         if per_row.shape != value.shape:
             raise ValueError(
                 f"objective: expected one loss a row {tuple(value.shape)}, got "
@@ -243,7 +245,7 @@ def _occupancy(state: Tensor, successor: Tensor, gamma: float) -> Tensor:
     predecessor[torch.where(successor >= 0, successor, count)] = rows
     # the return of a reward of 1 a row: how many count from a row on, and how many lead to it, with
     # itself; a row that was cut off holds its own value
-    one = torch.ones(count, device=state.device)
+    one = torch.ones(count, dtype=torch.float32, device=state.device)
     last = torch.zeros_like(one) if gamma else state.float()
     after = td_target(last, successor, one, gamma=1.0, lam=1.0)
     before = td_target(one, predecessor[:count], one, gamma=1.0, lam=1.0).double()

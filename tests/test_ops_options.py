@@ -12,7 +12,15 @@ from tdkd.kernels import backends, routes
 from tdkd.kernels.batch_vocabulary.reference import inclusion, systematic
 from tdkd.kernels.linear_rows import reference as linear_rows_reference
 from tdkd.kernels.linear_rows.reference import position_in, row_chunks
-from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn, Objective, ReverseKL, as_objective
+from tdkd.objectives import (
+    SQIL,
+    CrossEntropy,
+    ForwardKL,
+    IQLearn,
+    Objective,
+    ReverseKL,
+    as_objective,
+)
 from tdkd.td_rows import TDRows
 
 V, H = 90, 6
@@ -1381,6 +1389,8 @@ def test_an_id_out_of_range_is_one_error_on_every_way(way, impl):
                 op(h, w, some + 3, impl=impl)
         for options in ({}, {"normaliser": "batch"}, {"q": "logit", "objective": ForwardKL()}):
             with pytest.raises(ValueError, match=f"^actions: {told}$"):
+                ops.linear_td_loss(h, w, token, actions=sets, impl=impl, **options)
+            with pytest.raises(ValueError, match=f"^tokens: {told}$"):
                 ops.linear_td_loss(h, w, token + 3, actions=sets, impl=impl, **options)
     # rows that are no states are not looked at
     ops.linear_td_loss(h, w, torch.tensor([4, -100]), actions=sets, impl=impl)
@@ -1403,3 +1413,149 @@ def test_many_ties_are_taken_in_order(k):
     got = ops.select_actions(logits, k, impl="reference").ids
     for row, ids in zip(logits.tolist(), got.tolist(), strict=True):
         assert ids == sorted(range(700), key=lambda i: (-row[i], i))[:k]
+
+
+# What a caller hands over ready-made
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_weighted_columns_are_looked_at(linear, impl):
+    hidden = linear["student_hidden"].detach().float()
+    weight = linear["student_weight"].detach().float()
+    ids = torch.arange(weight.shape[0], dtype=torch.int32)
+    zeros = torch.zeros(ids.numel())
+    given = {"impl": impl, "vocabulary": ops.Vocabulary(ids, zeros)}
+    expected = ops.linear_logsumexp(hidden, weight, **given)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        same_dtype = ops.Vocabulary(ids, torch.full_like(zeros, 0.5, dtype=dtype))
+        got = ops.linear_logsumexp(hidden, weight, impl=impl, vocabulary=same_dtype)
+        torch.testing.assert_close(got, expected + 0.5)
+    twice, cut = ids.clone(), ids.clone()
+    twice[1], cut[0] = 0, -1
+    for wrong, error, message in (
+        ((ids, zeros), TypeError, "vocabulary: expected a Vocabulary, .*got tuple"),
+        (ops.Vocabulary(ids, zeros[:-1]), ValueError, "vocabulary.log_weight: expected the shape"),
+        (ops.Vocabulary(ids, ids), TypeError, "vocabulary.log_weight: expected float"),
+        (ops.Vocabulary(ids.float(), zeros), TypeError, "vocabulary.ids: expected int32"),
+        (ops.Vocabulary(ids + 1, zeros), ValueError, "vocabulary.ids: expected ids below"),
+        (ops.Vocabulary(twice, zeros), ValueError, "vocabulary.ids: expected ascending, distinct"),
+        (ops.Vocabulary(cut, zeros), ValueError, "vocabulary.log_weight: expected -inf where"),
+        (ops.Vocabulary(ids.view(1, -1), zeros), ValueError, r"vocabulary.ids: expected \(M,\)"),
+    ):
+        with pytest.raises(error, match=message):
+            ops.linear_logsumexp(hidden, weight, vocabulary=wrong, impl=impl)
+
+
+def test_sets_are_looked_at(linear, dense):
+    tokens = dense[2]
+    hidden = linear["student_hidden"].detach().requires_grad_()
+    weight = linear["student_weight"].detach()
+    sets = ops.linear_select_actions(
+        linear["teacher_hidden"], linear["teacher_weight"], 4, include=tokens.clamp(min=-1)
+    )
+
+    def loss(actions, **options):
+        return ops.linear_td_loss(hidden, weight, tokens, actions=actions, **options).loss
+
+    nan = sets._replace(log_probs=torch.full_like(sets.log_probs, torch.nan))
+    for wrong, error, message in (
+        (tuple(sets), TypeError, "actions: expected an ActionSet, got tuple"),
+        (
+            sets._replace(log_probs=sets.log_probs[..., :-1]),
+            ValueError,
+            "log_probs: expected the sh",
+        ),
+        (
+            sets._replace(log_probs=sets.log_probs.int()),
+            TypeError,
+            "actions.log_probs: expected fl",
+        ),
+        (nan, ValueError, "actions.log_probs: expected log-probabilities, at most 0, got nan"),
+        (sets._replace(log_probs=sets.log_probs.exp()), ValueError, "at most 0, got 0"),
+    ):
+        with pytest.raises(error, match=message):
+            loss(wrong, check=True)
+    # a teacher has no gradient
+    learns = sets.log_probs.clone().requires_grad_()
+    for impl in ("auto", "reference"):
+        loss(sets._replace(log_probs=learns), impl=impl).backward()
+    assert learns.grad is None
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_rows_that_are_none_are_refused(dense, impl):
+    student, teacher, tokens = dense
+    rows = tokens.numel()
+    for wrong in (rows, -3):
+        successor = torch.full_like(tokens, -2)
+        successor.view(-1)[0] = wrong
+        with pytest.raises(ValueError, match=f"successor: expected rows from 0 .*got {wrong}"):
+            ops.td_loss(student, teacher, tokens, successor=successor, impl=impl)
+        with pytest.raises(ValueError, match=f"successor: expected rows from 0 .*got {wrong}"):
+            ops.td_target(tokens.float(), successor, impl=impl)
+    for name, value, message in (
+        ("num_items_in_batch", torch.ones(2), "expected one number, got a tensor of shape"),
+        ("num_items_in_batch", -3, r"expected a number in \[0, inf\], got -3"),
+        ("num_items_in_batch", math.nan, r"expected a number in \[0, inf\], got nan"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            ops.td_loss(student, teacher, tokens, impl=impl, **{name: value})
+    for name in ("gamma", "temperature", "softcap", "top_p"):
+        with pytest.raises(TypeError, match=f"{name}: expected a number, got 'a'"):
+            ops.td_loss(student, teacher, tokens, impl=impl, **{name: "a"})
+    nan = student.clone()
+    nan.view(-1, nan.shape[-1])[int((tokens.view(-1) != -100).int().argmax())] = torch.nan
+    with pytest.raises(ValueError, match="student_logits: expected rows without NaN"):
+        ops.td_loss(nan, teacher, tokens, impl=impl, check=True)
+    with pytest.raises(TypeError, match="objective: expected a tensor, got float"):
+        ops.td_loss(student, teacher, tokens, objective=lambda rows: 1.0, impl=impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_the_process_has_no_say(dtype):
+    logits = torch.randn(1, 700, 40)
+    tokens = torch.randint(40, (1, 700))
+    actions = ops.select_actions(logits, 4, include=tokens)
+
+    def all_of_it():
+        generator = torch.Generator().manual_seed(0)
+        sampled = ops.batch_vocabulary(actions, 40, extra=3, capacity=40, generator=generator)
+        objective = IQLearn(alpha=1.0, value="initial")
+        return sampled, ops.td_loss(logits, -logits, tokens, objective=objective, k=4).loss
+
+    expected = all_of_it()
+    torch.set_default_dtype(dtype)
+    try:
+        got = all_of_it()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    same(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+def test_what_learns_within_an_objective_gets_its_gradient_in_the_linear_form():
+    hidden, weight = torch.randn(6, 4), torch.randn(30, 4)
+    tokens = torch.randint(30, (6,))
+    given = {"k": 5, "successor": torch.tensor([1, 2, -1, 4, 5, -2])}
+    rate = torch.nn.Parameter(torch.tensor(0.5))
+    learned = torch.nn.Parameter(torch.tensor(0.3))
+    for made, leaf in (
+        (lambda: rate * ForwardKL(tail=True) + IQLearn(alpha=1.0), rate),
+        (lambda: SQIL(reward=lambda rows: learned * rows.value.detach()), learned),
+    ):
+        grads = []
+        for linear_form in (True, False):
+            objective = made()
+            assert not objective.rowwise
+            student = hidden.clone().requires_grad_()
+            if linear_form:
+                out = ops.linear_td_loss(
+                    student, weight, tokens, teacher_hidden=-hidden, teacher_weight=weight,
+                    objective=objective, **given,
+                )  # fmt: skip
+            else:
+                logits = student @ weight.T, -hidden @ weight.T
+                out = ops.td_loss(*logits, tokens, objective=objective, **given)
+            grads.append(torch.autograd.grad(out.loss, leaf)[0])
+        torch.testing.assert_close(*grads)
+        assert grads[0] != 0

@@ -62,7 +62,10 @@ class Weighted(Objective):
         objectives = [objective for _, objective in self.terms]
         self.bootstraps = all(objective.bootstraps for objective in objectives)
         self.normalised = any(objective.normalised for objective in objectives)
-        self.rowwise = all(objective.rowwise for objective in objectives)
+        # a weight that is a tensor may learn
+        self.rowwise = all(
+            objective.rowwise and not isinstance(weight, Tensor) for weight, objective in self.terms
+        )
         self.starts = _any([objective.starts for objective in objectives])
         self.demonstrations = _any([objective.demonstrations for objective in objectives])
 

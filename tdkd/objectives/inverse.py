@@ -274,7 +274,6 @@ class SQIL(Objective):
     """
 
     bootstraps = True
-    rowwise = True
     demonstrations = True
 
     def __init__(
@@ -290,6 +289,10 @@ class SQIL(Objective):
         one_of("stop_gradient", stop_gradient, (None, "next"))
         self.reward = reward
         self.stop_gradient = stop_gradient
+
+    @property
+    def rowwise(self) -> bool:  # type: ignore[override]
+        return not callable(self.reward)  # a function may read other rows, and learn
 
     def __call__(self, rows: Rows) -> Tensor:
         if callable(self.reward):

@@ -93,7 +93,7 @@ def batch_vocabulary(
     place = torch.where(held, held.cumsum(0) - 1, capacity).clamp(max=capacity)
     columns = torch.full((capacity + 1,), -1, dtype=torch.int32, device=device)
     columns[place] = torch.arange(vocab_size, dtype=torch.int32, device=device)
-    log_weight = torch.full((capacity + 1,), -torch.inf, device=device)
+    log_weight = torch.full((capacity + 1,), -torch.inf, dtype=torch.float32, device=device)
     log_weight[place] = weight.float()
     # what is not held went to the last place, which is cut off
     return Vocabulary(columns[:capacity], log_weight[:capacity])
