@@ -9,9 +9,12 @@ namespace tdkd {
 namespace {
 
 struct Options {
-  Options(const Tensor& ids, const std::optional<Tensor>& weight, const std::optional<Tensor>& rows)
+  Options(const Tensor& ids, int64_t columns, const std::optional<Tensor>& weight,
+          const std::optional<Tensor>& rows)
       : ids(ids), k(ids.size(-1)) {
     if (weight) {
+      require(weight->scalar_type() == ScalarType::Float && weight->numel() == columns,
+              "log_weight: expected float32, one a column of ", columns, ", got ", weight->numel());
       held[0] = torch::stable::contiguous(*weight);
       log_weight = static_cast<const float*>(held[0]->const_data_ptr());
     }
@@ -47,7 +50,7 @@ std::tuple<Tensor, Tensor> student_rows(const Tensor& logits, const Tensor& ids,
                                         std::optional<Tensor> log_weight,
                                         std::optional<Tensor> state) {
   const LogitRows rows(logits);
-  const Options given(ids, log_weight, state);
+  const Options given(ids, rows.columns, log_weight, state);
   const Scale scale = make_scale(temperature, softcap, logit_scale);
   Tensor z = torch::stable::new_empty(logits, rows.shape(given.k), ScalarType::Float);
   Tensor log_rest = torch::stable::new_empty(logits, rows.shape(), ScalarType::Double);
@@ -83,7 +86,7 @@ void write_gradient(const Tensor& grad_z, const Tensor& grad_rest, const Tensor&
                     const std::optional<Tensor>& log_weight, const std::optional<Tensor>& state,
                     Tensor& grad) {
   const LogitRows rows(logits);
-  const Options given(ids, log_weight, state);
+  const Options given(ids, rows.columns, log_weight, state);
   const Tensor from_z = torch::stable::contiguous(grad_z);
   const Tensor from_rest = torch::stable::contiguous(grad_rest);
   const float* dz = static_cast<const float*>(from_z.const_data_ptr());

@@ -248,6 +248,8 @@ def test_td_target_refuses_what_is_no_chain():
     with pytest.raises(RuntimeError, match="^successor: expected chains that end.*cycle"):
         ops.td_target(value, torch.tensor([1, 2, 0]), impl="fused")
     with pytest.raises(RuntimeError, match="^successor: expected ids below 3, got 3"):
+        torch.ops.tdkd.td_target(value, torch.tensor([1, 3, -1]), None, 0.9, 0.5)
+    with pytest.raises(ValueError, match="^successor: expected rows from 0 to 2, .*got 3"):
         ops.td_target(value, torch.tensor([1, 3, -1]), impl="fused")
 
 
@@ -261,6 +263,9 @@ def test_ids_out_of_range_are_refused_not_read():
     ):
         with pytest.raises(RuntimeError, match="^ids: expected ids below 10, got 10"):
             call()
+    for wrong in (torch.zeros(9), torch.zeros(10, dtype=torch.bfloat16)):
+        with pytest.raises(RuntimeError, match="^log_weight: expected float32, one a column of 10"):
+            torch.ops.tdkd.student_rows(logits, ids - 5, 1.0, None, 1.0, wrong, None)
     with pytest.raises(RuntimeError, match="^include: expected ids below 10, got 12"):
         ops.select_actions(logits, 2, include=torch.tensor([12, 0]), impl="fused")
 

@@ -1559,3 +1559,39 @@ def test_what_learns_within_an_objective_gets_its_gradient_in_the_linear_form():
             grads.append(torch.autograd.grad(out.loss, leaf)[0])
         torch.testing.assert_close(*grads)
         assert grads[0] != 0
+
+
+SECOND = {
+    "gather_q": (lambda x, impl: ops.gather_q(x, SOME.clamp(max=7), softcap=3.0, impl=impl)),
+    "soft_value": (lambda x, impl: ops.soft_value(x, impl=impl)),
+    "linear_gather_q": (lambda x, impl: ops.linear_gather_q(x, torch.ones(9, 8), SOME, impl=impl)),
+    "linear_logsumexp": (lambda x, impl: ops.linear_logsumexp(x, torch.eye(8), impl=impl)),
+    "td_loss": (lambda x, impl: ops.td_loss(x, -x.detach(), TAKEN, k=3, impl=impl).loss),
+    "linear_td_loss": (
+        lambda x, impl: ops.linear_td_loss(
+            x, torch.eye(8), TAKEN, teacher_hidden=-x.detach(), teacher_weight=torch.eye(8), k=3,
+            objective=ForwardKL(tail=True), impl=impl,
+        ).loss
+    ),
+}  # fmt: skip
+SOME = torch.tensor([[0, 3], [8, 1], [2, 2], [5, 0]])
+TAKEN = torch.tensor([1, 7, 0, 3])
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_second_gradients_are_those_of_the_reference_or_refused(name):
+    """Never left out: a penalty on gradients would do nothing."""
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def gradient(impl):
+        (first,) = torch.autograd.grad(SECOND[name](x, impl).sum(), x, create_graph=True)
+        return first
+
+    (plain,) = torch.autograd.grad(SECOND[name](x, "auto").sum(), x)
+    torch.testing.assert_close(gradient("auto").detach(), plain)
+    torch.testing.assert_close(gradient("reference").detach(), plain)
+    if gradient("reference").requires_grad:
+        gradient("reference").square().sum().backward()
+    if backends.why_not(x) is None:
+        with pytest.raises(RuntimeError, match="no second gradients, .*impl=.reference. has them"):
+            gradient("auto").square().sum().backward()

@@ -10,6 +10,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,3 +83,42 @@ def _later(module: str, function: str) -> object:
         return getattr(importlib.import_module(module), function)(*arguments)
 
     return call
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that have no gradient of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        raise RuntimeError(
+            "tdkd: the kernels have no second gradients, got a graph that was made with "
+            'create_graph=True and is differentiated again; impl="reference" has them'
+        )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a second differentiation fail.
+
+    torch's decorator of that name does so only where the incoming gradient has a graph; elsewhere
+    it leaves the second gradient out, and a penalty on gradients would do nothing.
+    """
+
+    @wraps(backward)
+    def once(ctx: Any, *incoming: Tensor | None) -> Any:
+        with torch.no_grad():
+            made = backward(ctx, *incoming)
+        if not torch.is_grad_enabled():
+            return made
+        several = isinstance(made, tuple)
+        leaves = [
+            x.detach().requires_grad_() if isinstance(x, Tensor) else x
+            for x in (made if several else (made,))
+        ]
+        held = _Once.apply(*leaves)
+        return held if several else held[0]
+
+    return once

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tdkd.kernels import backends, head
-from tdkd.kernels.backends import LIBRARY, fake, on_gpu
+from tdkd.kernels.backends import LIBRARY, fake, on_gpu, once_differentiable
 from tdkd.kernels.gather_q.reference import scaled
 from tdkd.types import Scale
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tdkd.kernels import head, routes
+from tdkd.kernels.backends import once_differentiable
 from tdkd.kernels.linear_rows import rows_backward, rows_of
 from tdkd.kernels.linear_rows.reference import on_vocabulary
 from tdkd.kernels.student_rows import gradient_of_logits

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from tdkd.kernels.backends import LIBRARY, fake, on_gpu
+from tdkd.kernels.backends import LIBRARY, fake, on_gpu, once_differentiable
 
 LIBRARY.define("soft_value(Tensor q) -> Tensor")
 LIBRARY.define("soft_value_backward(Tensor grad, Tensor q) -> Tensor")

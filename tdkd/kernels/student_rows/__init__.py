@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from tdkd.kernels.backends import LIBRARY, fake, on_gpu
+from tdkd.kernels.backends import LIBRARY, fake, on_gpu, once_differentiable
 from tdkd.types import Scale, StudentRows
 
 _OPTIONS = "float temperature, float? softcap, float logit_scale, Tensor? log_weight, Tensor? state"

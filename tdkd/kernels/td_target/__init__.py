@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from tdkd.kernels.backends import LIBRARY, fake, on_gpu
+from tdkd.kernels.backends import LIBRARY, fake, on_gpu, once_differentiable
 
 LIBRARY.define(
     "td_target(Tensor value, Tensor successor, Tensor? reward, float gamma, float? lam) -> Tensor"
