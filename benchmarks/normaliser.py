@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> None:
             )
     if options.json:
         drawn = {"answers": options.answers, "draws": options.draws}
-        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        date = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(options.json, {"date": date, **environment(), **drawn, "students": students})
 
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -301,7 +301,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         batches, results = measure(setup, options.steps)
     run = {
         "schema": SCHEMA,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": options.device,
         "threads": torch.get_num_threads(),
         "steps": options.steps,

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         teacher, student = (load_model(setup.models / name) for name in ("teacher", setup.student))
         run = {
             "schema": SCHEMA,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "threads": torch.get_num_threads(),
             **with_versions(environment(), "transformers", "trl", "accelerate"),
             "teacher": facts(teacher, "teacher"),

@@ -112,6 +112,8 @@ def select_actions(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, or shapes do not fit.
+        RuntimeError: an id is >= V that nobody looked at (``check``).
+        NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
 
     >>> actions = select_actions(torch.tensor([[0.0, 3.0, 1.0, 3.0]]), k=3, top_p=0.9)
     >>> actions.ids.tolist(), actions.count.tolist()
@@ -158,6 +160,8 @@ def gather_q(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: leading dims differ, an option is out of range, or (``check``) an id is >= V.
+        RuntimeError: an id is >= V that nobody looked at (``check``).
+        NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
     _floating("logits", logits)
     scale = _scale("", temperature, softcap, logit_scale)
@@ -179,6 +183,7 @@ def soft_value(q: Tensor, *, impl: Impl = "auto") -> Tensor:
     Raises:
         TypeError: ``q`` is not floating point.
         ValueError: ``q`` has no dimension.
+        NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
     _floating("q", q)
     q = _accumulated(q)
@@ -269,6 +274,8 @@ def td_target(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes differ, or ``gamma`` or ``lam`` is outside [0, 1].
+        RuntimeError: the successors go in a circle (the reference does not look).
+        NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
     _floating("value", value, dims=0)
     _successor(successor, value.shape, value)
@@ -337,8 +344,8 @@ def td_loss(
         k: cap of an action set, >= 1.
         top_p: teacher probability that a set must reach, in (0, 1].
         gamma: discount in [0, 1].
-        successor: int64 ``(...)`` from :func:`successors`; None derives it from ``tokens`` with
-            every response cut off at its end.
+        successor: int32 or int64 ``(...)`` from :func:`successors`; None derives it from
+            ``tokens`` with every response cut off at its end.
         target_value: soft values ``(...)`` of a target network on the same rows and sets, for V' in
             place of the student's own: the ``value`` of this op with the target network's logits.
             No gradient.
@@ -368,6 +375,7 @@ def td_loss(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, or shapes do not fit.
+        NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
 
     >>> from tdkd.objectives import ForwardKL
     >>> student = torch.randn(2, 5, 100, requires_grad=True)
@@ -535,6 +543,7 @@ def linear_gather_q(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, or shapes do not fit.
+        NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
     weight, bias = _head("hidden", hidden, "weight", weight, "bias", bias, None)
     scale = _scale("", temperature, softcap, logit_scale)
@@ -581,6 +590,7 @@ def linear_logsumexp(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, or shapes do not fit.
+        NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
     weight, bias = _head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
     scale = _scale("", temperature, softcap, logit_scale)
@@ -635,6 +645,7 @@ def linear_log_probs(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, or shapes do not fit.
+        NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
 
     >>> given = linear_log_probs(torch.zeros(1, 4), torch.ones(10, 4), torch.tensor([[3, 7]]))
     >>> given.log_probs.exp(), given.log_tail.exp()

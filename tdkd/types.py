@@ -117,7 +117,7 @@ class Rows:
     successor: Tensor
     """int64 ``[N]``: row of the next state; -1 terminal; -2 unknown."""
     state: Tensor
-    """bool ``[N]``: rows that are states (a taken token, and a set that is not empty)."""
+    """bool ``[N]``: rows that are states: a token is taken there, which its set holds."""
     gamma: float
     """discount."""
     log_mass: Tensor | None = None

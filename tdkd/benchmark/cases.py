@@ -223,8 +223,8 @@ SUITES: dict[str, list[Case]] = {
         _linear_cross_entropy(512, 49_152),
         _linear_td_loss(2048, 49_152, dtype="bfloat16", compiled=False),
     ],
-    # where the rule of tdkd.kernels.routes changes its mind, on either side: M / V near 0.8, and k
-    # near its bound
+    # where the rule of tdkd.kernels.routes changes its mind, on either side: M / V and k near their
+    # bounds there
     "routes": [
         _ways(_linear_td_loss, rows, vocab, k, sets="random", **options)
         for rows, vocab, ks, options in (

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import textwrap
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +64,7 @@ def content(
     """The JSON of a run, times in seconds, sizes in bytes."""
     return {
         "schema": SCHEMA,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "suite": suite,
         "device": device,
         "anchor": ANCHORS[device],

@@ -223,7 +223,9 @@ def _inspect(
 
 @app.command("bench")
 def _bench(
-    suite: Annotated[str, typer.Option(help="quick, cpu, small, adversarial, gpu")] = "quick",
+    suite: Annotated[
+        str, typer.Option(help="quick, cpu, small, head, linear, routes, adversarial, gpu")
+    ] = "quick",
     op: Annotated[str | None, typer.Option(help="the cases of this op alone")] = None,
     vocab: Annotated[
         list[int] | None, typer.Option(help="in place of the suite's; may be repeated")

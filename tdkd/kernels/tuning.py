@@ -50,8 +50,8 @@ _overridden: dict[str, Config] = {}
 def config(kernel: str, device: torch.device, heavy: bool = False) -> Config:
     """The configuration of ``kernel`` on ``device``.
 
-    ``heavy`` rows, which have a softcap or no alignment to 16 logits, take more registers a logit:
-    half a block of them is held at once.
+    ``heavy`` rows, which have a softcap, weights or no alignment to 16 logits, take more registers
+    a logit: half a block of them is held at once.
     """
     found = _overridden.get(kernel)
     if found is None:

@@ -1,6 +1,6 @@
 """Rows of a language-model head: values on a set of ids and the log of the rest's mass.
 
-What ``linear_gather_q``, ``linear_logsumexp`` and ``linear_td_loss`` share: logits exist for one
+What ``linear_logsumexp``, ``linear_log_probs`` and ``linear_td_loss`` share: logits exist for one
 chunk of rows at a time and are computed again in backward.
 """
 
