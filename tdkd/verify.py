@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from torch.library import opcheck
 
 from tdkd import ops
 from tdkd.errors import UserError
-from tdkd.kernels import backends
+from tdkd.kernels import backends, routes
 from tdkd.kernels.head import CHUNK_ELEMENTS
 from tdkd.objectives import ForwardKL, IQLearn, Objective
 from tdkd.testing import LOGITS, SCALES, make_logits, peak_bytes, raw_ops
@@ -43,6 +45,8 @@ class Problem(NamedTuple):
     """the same for gradients: of what was subtracted to give them, for an incoming one near 1."""
     note: str = ""
     """the case in words."""
+    chunk: int | None = None
+    """logits of a chunk of the linear forms; None leaves it to them."""
 
 
 @dataclass
@@ -267,6 +271,11 @@ def _head(draw: Draw, whole_numbers: bool = False) -> _HeadDraw:
     return _HeadDraw(hidden, weight, bias, f"{rows} x {width} @ {width} x {vocab}")
 
 
+def _factor(head: _HeadDraw) -> float:
+    """The largest hidden state or head row, of which gradients are sums."""
+    return max(1.0, *(float(x.abs().max()) if x.numel() else 0.0 for x in head[:2]))
+
+
 def _linear_gather_q(draw: Draw) -> Problem:
     head = _head(draw)
     k, scale = draw.k(), draw.scale()
@@ -290,9 +299,8 @@ def _linear_log_probs(draw: Draw) -> Problem:
     def call(hidden: Tensor, weight: Tensor, bias: Tensor, impl: ops.Impl) -> tuple[Tensor, ...]:
         return ops.linear_log_probs(hidden, weight, ids, bias=bias, impl=impl, **scale)
 
-    # gradients add up k targets of random sign, each times a hidden state or a head row
-    factors = [float(x.abs().max()) for x in head[:2] if x.numel()]
-    slope = max(1.0, *factors) * k**0.5 if factors else 1.0
+    # gradients add up k targets of random sign
+    slope = _factor(head) * k**0.5
     return Problem(head[:3], call, 24.0, slope, note=f"{head.note} k={k} {scale}")
 
 
@@ -324,6 +332,13 @@ def _linear_td_loss(draw: Draw) -> Problem:
         "reduction": draw.random.choice(("mean", "sum", "none")),
         **draw.scale(),
     }
+    step = draw.random.choice((None, 1, 4, 5))  # rows of a chunk
+    if step and draw.random.random() < 0.5:  # responses in order, which end where chunks do
+        successor = torch.arange(1, rows + 1)
+        successor[step - 1 :: step] = successor[-1:] = -1
+        options["successor"] = draw.place(successor)
+    # gradients that were made in forward serve where nothing else has one
+    alone = draw.random.random() < 0.5
     way = draw.random.choice(("exact", "batch", "gather"))
     if way == "gather":
         options |= {"objective": ForwardKL(), "q": "logit"}
@@ -337,10 +352,13 @@ def _linear_td_loss(draw: Draw) -> Problem:
         out = ops.linear_td_loss(
             hidden, weight, tokens, actions=actions, bias=bias, impl=impl, **options
         )
+        if alone:
+            return (out.loss,)
         return out.loss, out.q, out.value, out.td_error
 
-    note = f"{head.note} k={k} {way} {options['reduction']}"
-    return Problem(head[:3], call, _squared(24.0), 1.0, note)
+    note = f"{head.note} k={k} {way} {options['reduction']} {step or 'all'} rows a chunk"
+    chunk = step and step * vocab
+    return Problem(head[:3], call, _squared(24.0), _factor(head), note, chunk)
 
 
 SUBJECTS: dict[str, Callable[[Draw], Problem]] = {
@@ -414,8 +432,9 @@ def compare(op: str, dtype: str, device: str, seed: int) -> tuple[float, list[st
     problem = SUBJECTS[op](Draw(seed, DTYPES[dtype], torch.device(device)))
     failures: list[str] = []
     try:
-        got = _run(problem, "fused", seed)
-        again = _run(problem, "fused", seed)
+        with _chunks_of(problem.chunk, device):
+            got = _run(problem, "fused", seed)
+            again = _run(problem, "fused", seed)
         eager = _run(problem, "reference", seed)
         exact = _run(problem, "reference", seed, wide=True)
     except Exception as error:  # a kernel that raises has failed, and the others go on
@@ -440,6 +459,17 @@ def compare(op: str, dtype: str, device: str, seed: int) -> tuple[float, list[st
         if not share <= 1.0:
             failures.append(f"{name}: {share:.3g} of what is allowed ({problem.note})")
     return worst, failures
+
+
+@contextmanager
+def _chunks_of(elements: int | None, device: str) -> Iterator[None]:
+    """Small chunks, whose rows any number of links may leave."""
+    kind = torch.device(device).type
+    with (
+        mock.patch.dict(CHUNK_ELEMENTS, {kind: elements or CHUNK_ELEMENTS[kind]}),
+        mock.patch.object(routes, "MOST_LINKS", 1.0 if elements else routes.MOST_LINKS),
+    ):
+        yield
 
 
 def excess(got: Tensor, eager: Tensor, exact: Tensor, reach: float, whole: bool) -> float:
