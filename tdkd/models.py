@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -40,8 +42,6 @@ UNREADABLE = (
     StrictDataclassError,
 )
 
-ADAPTER = "adapter_config.json"
-"""In a directory of PEFT, which holds an adapter alone."""
 # what configs call the numbers of a head
 LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
@@ -76,13 +76,19 @@ def check_model_path(path: str | Path, argument: str = "model") -> Path:
             )
         if not path.is_dir():
             raise UserError(f"{argument}: expected a model directory, got the file {path}")
-        if not (path / "config.json").is_file() and not (path / ADAPTER).is_file():
+        if not (path / "config.json").is_file() and not is_adapter(path):
             raise UserError(f"{argument}: expected a model directory with config.json, got {path}")
     except OSError as error:
         raise UserError(
             f"{argument}: expected a model directory, got {path}: {error.strerror}"
         ) from error
     return path
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a directory holds a PEFT adapter alone, which names its base model."""
+    path = Path(path)
+    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
 
 
 def load_model(
@@ -104,7 +110,7 @@ def load_model(
     path = check_model_path(path, argument)
     check_device(device)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
-    if not (path / "config.json").is_file():
+    if is_adapter(path):
         return _merged(path, argument, device=device, **options)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -135,8 +141,10 @@ def _merged(path: Path, argument: str, **options: Any) -> PreTrainedModel:
     if not (path / "adapter_model.safetensors").is_file():  # PEFT would unpickle another file
         raise UserError(f"{argument}: expected adapter_model.safetensors in {path}, got none")
     try:
-        config = PeftConfig.from_pretrained(path)
-        base = load_model(config.base_model_name_or_path or "", argument=argument, **options)
+        named = PeftConfig.from_pretrained(path).base_model_name_or_path
+        if not named:
+            raise UserError(f"{argument}: expected an adapter that names its model, got none")
+        base = load_model(named, argument=argument, **options)
         merged = PeftModel.from_pretrained(base, path).merge_and_unload()
         return merged.requires_grad_(True).eval()
     except UserError as error:
@@ -253,6 +261,18 @@ def last_hidden_state(model: nn.Module, **inputs: Any) -> Tensor:
     return backbone(model)(**inputs, use_cache=False).last_hidden_state
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode; afterwards each module is in its own again."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.no_grad()
 def check_packed(model: PreTrainedModel, argument: str = "model") -> None:
     """Refuses a model that reads across the sequences of a padding-free batch, whose limits the
@@ -264,19 +284,15 @@ def check_packed(model: PreTrainedModel, argument: str = "model") -> None:
     Raises:
         UserError: hidden states differ by more than rounding.
     """
-    training = [module for module in model.modules() if module.training]
     ids = torch.arange(8, device=model.device).view(2, 4)
     positions = torch.arange(4, device=model.device).repeat(2).unsqueeze(0)
     try:
-        model.eval()
-        apart = last_hidden_state(model, input_ids=ids).flatten(0, 1).float()
-        packed = last_hidden_state(model, input_ids=ids.view(1, 8), position_ids=positions)[0]
+        with _evaluating(model):
+            apart = last_hidden_state(model, input_ids=ids).flatten(0, 1).float()
+            packed = last_hidden_state(model, input_ids=ids.view(1, 8), position_ids=positions)[0]
     except Exception as error:
         logger.warning("%s: padding-free batches not checked, %s", argument, _first_line(error))
         return
-    finally:
-        for module in training:
-            module.training = True
     rounding = max(1e-3, 8 * torch.finfo(packed.dtype).eps)
     if (packed.float() - apart).abs().max() > rounding * apart.abs().max():
         raise UserError(
@@ -295,10 +311,8 @@ def check_head(model: PreTrainedModel, argument: str = "model") -> None:
     Raises:
         UserError: they differ by more than rounding.
     """
-    training = [module for module in model.modules() if module.training]
     ids = torch.arange(4, device=model.device).unsqueeze(0)
-    try:
-        model.eval()
+    with _evaluating(model):
         try:
             logits = model(input_ids=ids).logits.float()
         except Exception as error:
@@ -314,9 +328,6 @@ def check_head(model: PreTrainedModel, argument: str = "model") -> None:
             )
         except (AttributeError, RuntimeError, TypeError):
             same = False
-    finally:
-        for module in training:
-            module.training = True
     if not same:
         raise UserError(
             f"{argument}: expected logits that are softcap(logit_scale * (hidden @ weight.T + "

@@ -471,6 +471,7 @@ def linear_select_actions(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, or shapes do not fit.
+        NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
     weight, bias = _head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
     _selection(k, top_p)
@@ -818,6 +819,7 @@ def linear_td_loss(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, shapes do not fit, both or neither of a live
             teacher and ``actions`` are given, or an option of ``"batch"`` with ``"exact"``.
+        NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
     weight, bias = _head(
         "student_hidden", student_hidden, "student_weight", student_weight, "bias", bias, vocab_size

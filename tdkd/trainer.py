@@ -28,6 +28,7 @@ from tdkd.models import (
     check_model_path,
     check_packed,
     eos_token_ids,
+    is_adapter,
     last_hidden_state,
     lm_head,
     load_model,
@@ -383,7 +384,7 @@ class TDTrainer(SFTTrainer):
     ``model.add_adapter(LoraConfig(...))`` and leave out ``peft_config``.
 
     Args:
-        model: the student, or its directory.
+        model: the student, or its directory (of an adapter: merged into its base model).
         teacher_model: the teacher, or its directory; None takes the one that ``args`` name, which
             may be a cache of its action sets. A cache brings its own data, without
             ``train_dataset``; given, it must be (a part of) :meth:`tdkd.cache.Cache.dataset`.
@@ -420,9 +421,11 @@ class TDTrainer(SFTTrainer):
                 raise UserError(f"{name}: expected None, since no logits exist here, got one")
         if teacher_model is model and not isinstance(model, str | Path):
             raise UserError("teacher_model: expected another model than the student, got the same")
-        if isinstance(model, str | Path):
+        if isinstance(model, str | Path) and is_adapter(check_model_path(model)):
+            model = load_model(model)
+        elif isinstance(model, str | Path):
             # TRL loads it, from what we would load
-            model = str(check_model_path(model))
+            model = str(model)
             options = {**(args.model_init_kwargs or {}), "use_safetensors": True}
             if options.get("trust_remote_code"):
                 raise UserError(

@@ -4,10 +4,12 @@ import json
 import logging
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,7 +17,7 @@ from tdkd import cli, ops
 from tdkd.cli import distill
 from tdkd.errors import UserError
 from tdkd.models import load_model, load_tokenizer
-from tdkd.trainer import TDConfig
+from tdkd.trainer import TDConfig, TDTrainer
 
 RECORDS = [
     {
@@ -104,6 +106,12 @@ def test_an_adapter_is_read_with_its_base_model(setting, tmp_path):
     torch.testing.assert_close(merged, expected)
     assert (merged - base).abs().max() > 1e-4
     assert load_tokenizer(final).chat_template
+    run = TDTrainer(
+        final, Path(content["teacher_model_name_or_path"]), TDConfig(str(tmp_path / "by path")),
+        train_dataset=Dataset.from_list(RECORDS), processing_class=load_tokenizer(final),
+    )  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(run.model.eval()(ids.to(run.model.device)).logits, merged)
     more = ["--model_name_or_path", str(final), "--output_dir", str(tmp_path / "more")]
     distill.run([str(path), *more])
     assert (tmp_path / "more" / "final" / "config.json").is_file()

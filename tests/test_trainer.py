@@ -562,13 +562,11 @@ WRONG_KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", [*REFUSED, *(f"{name} kind" for name in WRONG_KINDS)])
-def test_wrong_fields_are_named(tmp_path, name):
-    plain = name.removesuffix(" kind")
-    value, message = REFUSED[name] if name in REFUSED else WRONG_KINDS[plain]
-    name = plain
-    with pytest.raises(UserError, match=message):
-        TDConfig(output_dir=str(tmp_path), **{name: value})
+@pytest.mark.parametrize("refused", [REFUSED, WRONG_KINDS], ids=["range", "kind"])
+def test_wrong_fields_are_named(tmp_path, refused):
+    for name, (value, message) in refused.items():
+        with pytest.raises(UserError, match=message):
+            TDConfig(output_dir=str(tmp_path), **{name: value})
 
 
 def test_nothing_to_learn_is_refused(tmp_path):

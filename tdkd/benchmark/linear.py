@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ def td_loss(objective: ForwardKL, **options: object) -> Callable[[Case], Run]:
             **options,  # type: ignore[arg-type]
         ).loss
 
-    return _both_ways(loss)
+    return both_ways(loss)
 
 
 def both_heads(case: Case) -> Run:
@@ -118,7 +118,7 @@ def dense_loss(compiled: bool = False) -> Callable[[Case], Run]:
         within = torch.where(held, log_p.exp() * (log_p - torch.where(held, log_q, 0.0)), 0.0)
         return (within.sum(-1) + tail_p.exp() * (tail_p - tail_q)).mean()
 
-    return _both_ways(torch.compile(loss, dynamic=False) if compiled else loss)
+    return both_ways(loss, compiled)
 
 
 def log_probs(student: Student) -> Tensor:
@@ -161,7 +161,7 @@ def lm_loss(case: Case) -> Run:
         whole = Head(student.weight, bias=None, softcap=None, logit_scale=1.0)
         return lm_cross_entropy(student.hidden, whole, student.tokens)
 
-    return _both_ways(loss)(case)
+    return both_ways(loss)(case)
 
 
 def dense_cross_entropy(student: Student) -> Tensor:
@@ -169,26 +169,28 @@ def dense_cross_entropy(student: Student) -> Tensor:
     return F.cross_entropy(logits, student.tokens, reduction="sum")
 
 
-def torch_cross_entropy(case: Case, chunks: bool = False) -> Run:
-    """``F.linear_cross_entropy``: as it is, and in chunks of a size that it chooses."""
+def torch_cross_entropy(case: Case, chunks: int | Literal["auto"] | None = None) -> Run:
+    """``F.linear_cross_entropy``: as it is, in chunks of so many rows, or as it chooses them."""
     kernel = getattr(F, "linear_cross_entropy", None)
     if kernel is None:
         raise Skip(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    options = nn.LinearCrossEntropyOptions() if chunks else None
+    options = None
+    if chunks is not None:
+        rows = None if chunks == "auto" else chunks
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
 
     def loss(student: Student) -> Tensor:
         given = student.hidden, student.weight, student.tokens
         return kernel(*given, reduction="sum", options=options)
 
-    return _both_ways(loss)(case)
+    return both_ways(loss)(case)
 
 
 def both_ways(loss: Callable[[Student], Tensor], compiled: bool = False) -> Callable[[Case], Run]:
     """Forward and backward of a loss of a :class:`Student`."""
-    return _both_ways(torch.compile(loss, dynamic=False) if compiled else loss)
+    if compiled:
+        loss = torch.compile(loss, dynamic=False)
 
-
-def _both_ways(loss: Callable[[Student], Tensor]) -> Callable[[Case], Run]:
     def prepare(case: Case) -> Run:
         student = make_student(case)
 

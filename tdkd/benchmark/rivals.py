@@ -388,7 +388,8 @@ RIVALS: dict[str, list[Rival]] = {
         Rival("three products", linear.three_products),
         Rival("tdkd", linear.lm_loss),
         Rival("torch", linear.torch_cross_entropy),
-        Rival("torch chunks", partial(linear.torch_cross_entropy, chunks=True)),
+        Rival("torch, its chunks", partial(linear.torch_cross_entropy, chunks="auto")),
+        Rival("torch, 256 rows", partial(linear.torch_cross_entropy, chunks=256)),
         Rival("dense", linear.both_ways(linear.dense_cross_entropy)),
         Rival(
             "torch.compile",

@@ -153,19 +153,15 @@ def _check_options(data: DataConfig, config: TDConfig, model: ModelConfig) -> No
     Raises:
         UserError: naming the first one that was given.
     """
-    for name, given, instead in (
-        (
-            "model_init_kwargs",
-            config.model_init_kwargs,
-            "dtype and attn_implementation are options",
-        ),
-        ("resume_from_checkpoint", config.resume_from_checkpoint, "resume takes the last one"),
-        ("model_revision", model.model_revision != "main", "models are directories"),
-        ("load_in_8bit", model.load_in_8bit, "weights are not quantised"),
-        ("load_in_4bit", model.load_in_4bit, "weights are not quantised"),
+    for name, given, default, instead in (
+        ("model_init_kwargs", config.model_init_kwargs or {}, {}, "see dtype, attn_implementation"),
+        ("resume_from_checkpoint", config.resume_from_checkpoint, None, "resume takes the last"),
+        ("model_revision", model.model_revision, "main", "models are directories"),
+        ("load_in_8bit", model.load_in_8bit, False, "weights are not quantised"),
+        ("load_in_4bit", model.load_in_4bit, False, "weights are not quantised"),
     ):
-        if given:
-            raise UserError(f"{name}: expected it to be left out ({instead}), got it")
+        if given != default:
+            raise UserError(f"{name}: expected it to be left out ({instead}), got {given!r}")
     if config.eval_strategy != "no" and data.eval_file is None:
         raise UserError(
             f"eval_strategy: expected 'no' without eval_file, got {str(config.eval_strategy)!r}"
