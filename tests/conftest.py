@@ -14,6 +14,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on the tests that ran before it in its process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory):
     """Directory of a byte-level tokenizer (256 bytes and three special tokens) with a template."""

@@ -322,9 +322,11 @@ def test_td_loss(isa, dtype, objective, level, reduction):
         assert mine.isfinite().all()
         # a loss adds up nine slots, of which each carries a rounding or two
         assert ulps(mine, theirs, wanted) <= 16
-    unit = max(torch.finfo(dtype).eps, 1e-6)
+    # As in docs/reliability.md: what multiplies a row's gradients, up to 20 with the paper's chi2,
+    # carries the rounding of a TD error over 2 alpha. 5.2 units were seen, over 60 draws.
+    unit = torch.finfo(dtype).eps * exact[4].abs().amax(-1, keepdim=True).clamp(min=1.0)
     error = (got[4].double() - exact[4]).abs()
-    allowed = (eager[4].double() - exact[4]).abs() + unit * (exact[4].abs() + 1.0)
+    allowed = (eager[4].double() - exact[4]).abs() + 16 * unit
     assert (error <= allowed).all()
     assert not got[4][tokens == -100].any()
 
