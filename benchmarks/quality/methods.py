@@ -47,7 +47,7 @@ class Method:
     """of the logits of student and teacher ``[N, V]``, tokens and successor."""
     lm_weight: float = 0.0
     options: tuple[tuple[str, Any], ...] = ()
-    """of the op, beside ``SET``."""
+    """of the op, beside ``SET`` and ``gamma``."""
     lmbda: float = 0.0
     """probability that a sequence is the student's own answer, which a live teacher scores."""
     value_head: bool = False
@@ -93,7 +93,7 @@ class Method:
         total = hidden.new_zeros(())
         told: dict[str, float] = {}
         if self.objective is not None:
-            given = SET | {"normaliser": "exact"} | dict(self.options)
+            given = SET | {"normaliser": "exact", "gamma": GAMMA} | dict(self.options)
             if actions is None:
                 live = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher.weight}
             else:
@@ -103,7 +103,7 @@ class Method:
             if self.lmbda and own is not None:
                 # what learns from the tokens of the data is a mean over the data's rows
                 weight = torch.where(own, 0.0, own.numel() / (~own).sum().clamp(min=1))
-            common = {**live, "successor": successor, "gamma": GAMMA, **given}
+            common = {**live, "successor": successor, **given}
             target_value = None
             if target is not None:
                 slow, slow_head, slow_value = target
@@ -129,7 +129,12 @@ class Method:
             total = total + out.loss
             level = given.get("q", "log_prob") == "log_prob"
             made = diagnostics(
-                out, tokens, successor, log_prob=level, gamma=GAMMA, state_value=state_value
+                out,
+                tokens,
+                successor,
+                log_prob=level,
+                gamma=given["gamma"],
+                state_value=state_value,
             )
             told = {name: value.item() for name, value in made.items()}
         if self.dense is not None:
@@ -202,6 +207,11 @@ LOGIT = (("q", "logit"),)
 BATCH = (("normaliser", "batch"),)
 LAW = ("law", "student")
 P1 = (("top_p", 1.0), *BATCH, LAW)
+TAKEN = (("k", 1), ("top_p", 1.0), ("gamma", 0.0))
+"""What a server tells that gives no alternatives: the log-probability of the token that it wrote.
+
+Over the whole vocabulary V and V* are 0 at every state, so that a soft TD error is ``log pi(a) -
+log pi*(a)`` whatever gamma is; on a set of one token it is so with gamma = 0."""
 
 METHODS: dict[str, Method] = {
     # cloning
@@ -327,12 +337,13 @@ FAMILY = family()
 def with_extras(name: str) -> Method:
     """A method by its name, or the one of an objective that the name is the text of, on the top 64.
 
-    At the end ``+value`` adds a value head, then ``+ema`` takes V' from an average of the student,
-    and then ``+lm`` adds the LM loss.
+    At the end ``+taken`` leaves of each set the taken token, ``+value`` adds a value head, ``+ema``
+    takes V' from an average of the student, and ``+lm`` adds the LM loss, in this order.
     """
     plain, lm = name.removesuffix("+lm"), name.endswith("+lm")
     plain, ema = plain.removesuffix("+ema"), plain.endswith("+ema")
     plain, value_head = plain.removesuffix("+value"), plain.endswith("+value")
+    plain, taken = plain.removesuffix("+taken"), plain.endswith("+taken")
     method = (METHODS | FAMILY).get(plain)
     if method is None:
         try:
@@ -340,13 +351,15 @@ def with_extras(name: str) -> Method:
         except ValueError as error:
             raise SystemExit(
                 f"method: expected one of {', '.join(METHODS)}, one of gradients.py, or the text "
-                f"of an objective, +value, +ema, +lm or not, got {name} ({error})"
+                f"of an objective, +taken, +value, +ema, +lm or not, got {name} ({error})"
             ) from error
-    words = method.words + " + value head" * value_head + " + target network" * ema + " + LM" * lm
+    words = f"{plain}, the taken token alone" if taken else method.words
+    words += " + value head" * value_head + " + target network" * ema + " + LM" * lm
     lm_weight = 1.0 if lm else method.lm_weight
     return replace(
         method,
         words=words,
+        options=TAKEN if taken else method.options,
         lm_weight=lm_weight,
         value_head=value_head,
         target_decay=TARGET_DECAY if ema else None,
