@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tdkd import records
+from tdkd.models import Head
 
 pytest.importorskip("rouge_score")
 pytest.importorskip("matplotlib")
@@ -282,6 +283,26 @@ def test_methods_by_name_and_by_text(script):
         1.0,
         METHODS["kl-p1"].options,
     )
+
+
+def test_a_set_of_the_taken_token_alone(script):
+    """Its soft TD error is that over the whole vocabulary: log pi(a) - log pi*(a)."""
+    from methods import with_extras
+
+    method = with_extras("CrossEntropy(tail=True) + 0.5 * SoftTD()+taken")
+    hidden, weight = torch.randn(4, 8, dtype=torch.double), torch.randn(30, 8, dtype=torch.double)
+    theirs, theirs_weight = torch.randn_like(hidden), torch.randn_like(weight)
+    tokens, successor = torch.tensor([3, 29, 0, 3]), torch.tensor([1, 2, -1, -2])
+    plain = None, None, 1.0
+    loss, told = method.loss(
+        hidden, Head(weight, *plain), theirs, Head(theirs_weight, *plain), tokens, successor
+    )
+    q, p = (
+        (h @ w.T).log_softmax(-1)[torch.arange(4), tokens]
+        for h, w in ((hidden, weight), (theirs, theirs_weight))
+    )
+    torch.testing.assert_close(loss, (0.5 * (q - p).square() - q).mean())
+    assert told["set_size"] == 1
 
 
 def test_the_value_head_learns(script, folders, runs, tmp_path):
