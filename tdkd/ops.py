@@ -843,58 +843,24 @@ def linear_td_loss(
     elif _looked_at(tokens):
         _ids_below("tokens", tokens, weight.shape[0], ignore_index)
 
-    if (teacher_hidden is None) != (teacher_weight is None) or (teacher_hidden is None) == (
-        actions is None
-    ):
-        given = [
-            name
-            for name, value in (
-                ("teacher_hidden", teacher_hidden),
-                ("teacher_weight", teacher_weight),
-                ("actions", actions),
-            )
-            if value is not None
-        ]
-        raise ValueError(
-            "teacher: expected either teacher_hidden and teacher_weight, or actions, got "
-            f"{' and '.join(given) or 'none of them'}"
-        )
+    _one_teacher(teacher_hidden, teacher_weight, actions)
     live = actions is None
     if actions is None:
         assert teacher_hidden is not None
         assert teacher_weight is not None
-        _floating("teacher_hidden", teacher_hidden)
-        if teacher_hidden.shape[:-1] != lead:
-            raise ValueError(
-                f"teacher_hidden: expected the leading dims of student_hidden {tuple(lead)}, got "
-                f"{tuple(teacher_hidden.shape[:-1])}"
-            )
-        _same_device("teacher_hidden", teacher_hidden, student_hidden)
-        _floating("teacher_weight", teacher_weight)
-        _same_vocabulary(
-            "teacher_weight", teacher_weight.shape[0], student_weight.shape[0], vocab_size
-        )
-        _selection(k, top_p)
-        teacher_weight, teacher_bias = _head(
-            "teacher_hidden",
-            teacher_hidden,
-            "teacher_weight",
-            teacher_weight,
-            "teacher_bias",
-            teacher_bias,
-            vocab_size,
-        )
-        if check:
-            _usable("teacher_hidden", teacher_hidden, state)
-        actions = _select_from_head(
+        actions = _live_sets(
+            student_hidden,
+            student_weight,
             teacher_hidden,
             teacher_weight,
             teacher_bias,
+            tokens,
+            state,
             k,
             top_p,
             _scale("teacher_", teacher_temperature, teacher_softcap, teacher_logit_scale),
-            torch.where(state, tokens, -1),
-            state,
+            vocab_size,
+            check,
             impl,
         )
     else:
@@ -934,27 +900,15 @@ def linear_td_loss(
         terms = rows(gather(flat, weight, bias, rows.ids, scale), None)
         return _td_output(terms, actions, lead, reduction, divisor)
     route = "log Z over all columns"
-    if normaliser == "batch" and vocabulary is None:
-        if isinstance(law, str):
-            law = _batch_vocabulary.student_law(flat, weight, bias, scale, rows.state)
-        room = _routes.capacity(capacity, rows.ids, extra, weight.shape[0])
-        vocabulary = batch_vocabulary(
-            used,
-            weight.shape[0],
-            extra=extra,
-            law=law,
-            capacity=room,
-            generator=generator,
-        )
-        if room is None and weight.is_cuda:
-            vocabulary = _bucketed(vocabulary)
-        held = vocabulary.ids.numel()
-        if not _routes.pays(weight.device.type, held, weight.shape[0], flat.shape[0]):
-            vocabulary = None
-            route += ", for the batch vocabulary would hold most"
-    elif vocabulary is not None:
+    if vocabulary is not None:
         vocabulary = _weighted_columns(vocabulary, flat, weight, check)
         _holds(vocabulary, rows.ids, check)
+    elif normaliser == "batch":
+        if isinstance(law, str):
+            law = _batch_vocabulary.student_law(flat, weight, bias, scale, rows.state)
+        vocabulary = _columns_of_batch(used, flat, weight, extra, law, capacity, generator)
+        if vocabulary is None:
+            route += ", for the batch vocabulary would hold most"
     if vocabulary is not None:
         route = "log Z from the batch vocabulary"
     fused = _fused(impl, flat, weight, k=rows.ids.shape[-1])
@@ -967,6 +921,76 @@ def linear_td_loss(
     linear_rows = _linear_rows_of(impl, flat, weight, rows.ids.shape[-1])
     terms = rows(*linear_rows(flat, weight, bias, rows.ids, scale, vocabulary))
     return _td_output(terms, actions, lead, reduction, divisor)
+
+
+def _one_teacher(hidden: Tensor | None, weight: Tensor | None, actions: ActionSet | None) -> None:
+    """Refuses both, neither or half of a live teacher and given sets."""
+    if (hidden is None) == (weight is None) != (actions is None):
+        return
+    named = {"teacher_hidden": hidden, "teacher_weight": weight, "actions": actions}
+    given = [name for name, value in named.items() if value is not None]
+    raise ValueError(
+        "teacher: expected either teacher_hidden and teacher_weight, or actions, got "
+        f"{' and '.join(given) or 'none of them'}"
+    )
+
+
+def _live_sets(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    state: Tensor,
+    k: int,
+    top_p: float,
+    scale: Scale,
+    vocab_size: int | None,
+    check: bool,
+    impl: Impl,
+) -> ActionSet:
+    """The live teacher's sets, the taken tokens in them; none where a row is no state."""
+    _floating("teacher_hidden", hidden)
+    lead = student_hidden.shape[:-1]
+    if hidden.shape[:-1] != lead:
+        raise ValueError(
+            f"teacher_hidden: expected the leading dims of student_hidden {tuple(lead)}, got "
+            f"{tuple(hidden.shape[:-1])}"
+        )
+    _same_device("teacher_hidden", hidden, student_hidden)
+    _floating("teacher_weight", weight)
+    _same_vocabulary("teacher_weight", weight.shape[0], student_weight.shape[0], vocab_size)
+    _selection(k, top_p)
+    weight, bias = _head(
+        "teacher_hidden", hidden, "teacher_weight", weight, "teacher_bias", bias, vocab_size
+    )
+    if check:
+        _usable("teacher_hidden", hidden, state)
+    include = torch.where(state, tokens, -1)
+    return _select_from_head(hidden, weight, bias, k, top_p, scale, include, state, impl)
+
+
+def _columns_of_batch(
+    actions: ActionSet,
+    hidden: Tensor,
+    weight: Tensor,
+    extra: int,
+    law: Tensor | None,
+    capacity: int | None,
+    generator: torch.Generator | None,
+) -> Vocabulary | None:
+    """The batch vocabulary, None where it would hold so many columns that all are cheaper."""
+    columns = weight.shape[0]
+    room = _routes.capacity(capacity, actions.ids, extra, columns)
+    vocabulary = batch_vocabulary(
+        actions, columns, extra=extra, law=law, capacity=room, generator=generator
+    )
+    if room is None and weight.is_cuda:
+        vocabulary = _bucketed(vocabulary)
+    held = vocabulary.ids.numel()
+    pays = _routes.pays(weight.device.type, held, columns, hidden.shape[0])
+    return vocabulary if pays else None
 
 
 def _all_states(state: Tensor) -> bool:
