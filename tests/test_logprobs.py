@@ -105,6 +105,19 @@ def test_sets_are_those_of_the_teacher(tmp_path, tokenizer, served, form, names)
     np.testing.assert_allclose(np.exp(example.log_tail), 1 - wanted.mass, rtol=1e-5)
 
 
+@pytest.mark.parametrize("form", [chat, completion])
+def test_a_server_without_alternatives(tmp_path, tokenizer, served, form):
+    """A set is the taken token: what is not told of the others is mass outside."""
+    alone = {**served, "top": [[] for _ in served["taken"]]}
+    (example,) = read(
+        tmp_path, tokenizer, {"prompt": "hello", **form(alone, by_id, "length")}, k=1, top_p=1.0
+    )
+    assert example.count.tolist() == [1] * len(served["taken"])
+    assert example.ids.tolist() == served["taken"]
+    np.testing.assert_allclose(example.log_probs, served["own"], rtol=1e-6)
+    np.testing.assert_allclose(np.exp(example.log_tail), 1 - np.exp(served["own"]), rtol=1e-5)
+
+
 def test_the_end_of_a_finished_answer_is_certain(tmp_path, tokenizer, served):
     cut, whole = read(
         tmp_path, tokenizer,
