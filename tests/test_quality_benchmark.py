@@ -276,6 +276,9 @@ def test_methods_by_name_and_by_text(script):
         with_extras("magic")
     assert with_extras("kl-tail") == METHODS["kl-tail"]
     assert with_extras("kl-tail+lm").lm_weight == 1
+    few = with_extras("kl-p1+top5")
+    assert few.words == "forward KL, top 5 and tail bucket"
+    assert dict(few.options) == dict(METHODS["kl-p1"].options) | {"k": 5}
     method = with_extras("ForwardKL(tail=True) + 0.1 * LSIQ()+value+lm")
     assert repr(method.objective).startswith("1 * ForwardKL(tail=True) + 0.1 * LSIQ(")
     assert (method.value_head, method.lm_weight, method.options) == (

@@ -30,6 +30,11 @@ class SoftTD(Objective):
     A student that equals the teacher has no error, whatever n and lambda (with ``q="log_prob"``;
     raw logits must come down to that level first).
 
+    Over the whole vocabulary V and V* are 0 (``q="log_prob"``), and the error is ``log pi(a) - log
+    pi*(a)``, whatever gamma, n and lambda. Of a teacher that tells the log-probability of the taken
+    token and no others, ``gamma=0`` makes it so on sets of that token; there it belongs beside
+    ``CrossEntropy(tail=True)`` (``docs/quality.md``).
+
     With a target network (``target_value`` of :func:`tdkd.ops.td_loss`) V in D is its.
 
     A token that the teacher excludes (logit -inf) has no reward, and its row gives 0.
