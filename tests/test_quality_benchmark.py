@@ -279,6 +279,9 @@ def test_methods_by_name_and_by_text(script):
     few = with_extras("kl-p1+top5")
     assert few.words == "forward KL, top 5 and tail bucket"
     assert dict(few.options) == dict(METHODS["kl-p1"].options) | {"k": 5}
+    whole = with_extras("kl-p1+top5+gamma0")
+    assert whole.words == "forward KL, top 5 and tail bucket, gamma 0"
+    assert whole.options == (*few.options, ("gamma", 0.0))
     method = with_extras("ForwardKL(tail=True) + 0.1 * LSIQ()+value+lm")
     assert repr(method.objective).startswith("1 * ForwardKL(tail=True) + 0.1 * LSIQ(")
     assert (method.value_head, method.lm_weight, method.options) == (

@@ -337,14 +337,15 @@ FAMILY = family()
 def with_extras(name: str) -> Method:
     """A method by its name, or the one of an objective that the name is the text of, on the top 64.
 
-    At the end ``+top5`` takes the 5 likeliest, ``+taken`` leaves of each set the taken token,
-    ``+value`` adds a value head, ``+ema`` takes V' from an average of the student, and ``+lm`` adds
-    the LM loss, in this order.
+    At the end ``+top5`` takes the 5 likeliest, ``+gamma0`` sets gamma, ``+taken`` leaves of each
+    set the taken token, ``+value`` adds a value head, ``+ema`` takes V' from an average of the
+    student, and ``+lm`` adds the LM loss, in this order.
     """
     plain, lm = name.removesuffix("+lm"), name.endswith("+lm")
     plain, ema = plain.removesuffix("+ema"), plain.endswith("+ema")
     plain, value_head = plain.removesuffix("+value"), plain.endswith("+value")
     plain, taken = plain.removesuffix("+taken"), plain.endswith("+taken")
+    plain, _, gamma = plain.partition("+gamma")
     plain, _, top = plain.partition("+top")
     method = (METHODS | FAMILY).get(plain)
     if method is None:
@@ -353,15 +354,19 @@ def with_extras(name: str) -> Method:
         except ValueError as error:
             raise SystemExit(
                 f"method: expected one of {', '.join(METHODS)}, one of gradients.py, or the text "
-                f"of an objective, +top5, +taken, +value, +ema, +lm or not, got {name} ({error})"
+                f"of an objective, +top5, +gamma0, +taken, +value, +ema, +lm or not, "
+                f"got {name} ({error})"
             ) from error
     words = f"{plain}, the taken token alone" if taken else method.words
+    words += f", gamma {gamma}" * bool(gamma)
     words += " + value head" * value_head + " + target network" * ema + " + LM" * lm
     lm_weight = 1.0 if lm else method.lm_weight
     options = TAKEN if taken else method.options
     if top:
         words = words.replace("top 64", f"top {top}")
         options = (*options, ("k", int(top)))
+    if gamma:
+        options = (*options, ("gamma", float(gamma)))
     return replace(
         method,
         words=words,
