@@ -451,6 +451,13 @@ class TDTrainer(SFTTrainer):
         # the losses below honour num_items_in_batch, whatever the model's forward accepts
         self.model_accepts_loss_kwargs = True
         self.objective = args.build_objective() if objective is None else as_objective(objective)
+        by_fields = objective is None and args.objective is None
+        if by_fields and args.action_top_k == 1 and args.imitation == "forward_kl":
+            logger.warning(
+                "action_top_k: 1 makes the KL that of a coin; a student near its teacher learns "
+                "more by objective: CrossEntropy(tail=True) + SoftTD(huber=1), with gamma: 0 "
+                "(docs/teachers.md)"
+            )
         extras: dict[str, Any] = {
             "target_network": args.target_network,
             "value_head": args.value_head,

@@ -204,6 +204,19 @@ def test_a_level_that_drifts_is_told_also_of_a_run_that_goes_on(
     assert "its mean went" not in caplog.text
 
 
+def test_sets_of_one_token_are_told_of_a_better_objective(
+    tmp_path, tiny_teacher, tiny_student, caplog
+):
+    told = "action_top_k: 1 makes the KL that of a coin"
+    trainer(tmp_path, tiny_teacher, tiny_student, td_weight=0.0, action_top_k=1)
+    assert caplog.text.count(told) == 1
+    caplog.clear()
+    given = "CrossEntropy(tail=True) + SoftTD(huber=1)"
+    trainer(tmp_path, tiny_teacher, tiny_student, objective_text=given, action_top_k=1)
+    trainer(tmp_path, tiny_teacher, tiny_student)
+    assert told not in caplog.text
+
+
 @pytest.mark.parametrize("normaliser", ["exact", "batch"])
 def test_accumulation_is_one_batch(tmp_path, tiny_teacher, tiny_student, normaliser):
     """1 x 8 and 8 x 1 give the same parameters after a step; the batch vocabulary holds all."""
