@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tdkd import records
+from tdkd import ops, records
 from tdkd.models import Head
+from tdkd.objectives import IQLearn
 
 pytest.importorskip("rouge_score")
 pytest.importorskip("matplotlib")
@@ -289,6 +290,18 @@ def test_methods_by_name_and_by_text(script):
         1.0,
         METHODS["kl-p1"].options,
     )
+
+
+def test_iq_learn_over_the_whole_vocabulary(script):
+    """It is the objective on sets that leave nothing out."""
+    from methods import GAMMA, METHODS
+
+    logits = torch.randn(2, 4, 30, dtype=torch.double)
+    tokens, successor = torch.tensor([3, 29, 0, 3]), torch.tensor([1, -1, 3, -1])
+    given = {"k": 30, "top_p": 1.0, "q": "logit", "gamma": GAMMA, "successor": successor}
+    wanted = ops.td_loss(*logits, tokens, objective=IQLearn(alpha=10.0), **given)
+    got = METHODS["iq-whole"].dense(*logits, tokens, successor)
+    torch.testing.assert_close(got, wanted.loss)
 
 
 def test_a_set_of_the_taken_token_alone(script):

@@ -171,6 +171,17 @@ def published(
     return torch.stack(losses).sum() / len(tokens)
 
 
+def iq_whole(
+    student: Tensor, teacher: Tensor, tokens: Tensor, successor: Tensor, *, alpha: float
+) -> Tensor:
+    """IQ-Learn's chi2 over the whole vocabulary, which asks no number of a teacher: cross-entropy
+    and a square of the reward that the logits imply (arXiv 2409.01369)."""
+    q = student.gather(-1, tokens[:, None]).squeeze(-1)
+    v = student.logsumexp(-1)
+    reward = torch.where(successor == -2, 0.0, q - ops.td_target(v, successor, gamma=GAMMA))
+    return (v - q + reward.square() / (4 * alpha)).mean()
+
+
 class Ahead(Objective):
     """What reverse KL of whole answers has beside that of their states (MiniLLM, arXiv 2306.08543,
     eq. 4 to 6): the policy gradient of the mean of ``log p - log q`` over the rest of the answer.
@@ -241,6 +252,10 @@ METHODS: dict[str, Method] = {
     ),
     "published-kd": Method("the authors' code + forward KL", dense=bellman_distill),
     "soft-td": Method("soft TD regression, one step", SoftTD(huber=1.0)),
+    "iq-whole": Method(
+        "IQ-Learn chi2, whole vocabulary, raw logits, alpha 10", dense=partial(iq_whole, alpha=10.0)
+    ),
+    "iq-whole-1": Method("the same, alpha 1", dense=partial(iq_whole, alpha=1.0)),
     # TD beside cloning
     "kl-tail+iq": Method(
         "forward KL with tail + 0.05 IQ-Learn chi2, alpha 2, stop-gradient (the demo's)",
