@@ -543,7 +543,7 @@ def check(
     """Refuses what answers of the student cannot be made or learned from with.
 
     Args:
-        args: a :class:`tdkd.trainer.TDConfig` with ``lmbda`` > 0.
+        args: a :class:`tdkd.config.TDConfig` with ``lmbda`` > 0.
         objective: what is minimised; None for a plain warm start.
         collator: the trainer's.
         teacher: the one that scores; None where the objective is.

@@ -22,6 +22,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from tdkd import arguments as _check
 from tdkd.kernels import backends as _backends
 from tdkd.kernels import gather_q as _gather_q
 from tdkd.kernels import linear_gather_q as _linear_gather_q
@@ -119,16 +120,16 @@ def select_actions(
     >>> actions.ids.tolist(), actions.count.tolist()
     ([[1, 3, -1]], [2])
     """
-    _floating("logits", logits)
-    _selection(k, top_p)
-    scale = _scale("", temperature, softcap, logit_scale)
-    logits = _columns("logits", logits, vocab_size)
+    _check.floating("logits", logits)
+    _check.selection(k, top_p)
+    scale = _check.scale("", temperature, softcap, logit_scale)
+    logits = _check.columns("logits", logits, vocab_size)
     if include is not None:
-        _tokens("include", include, logits.shape[:-1], logits)
+        _check.tokens("include", include, logits.shape[:-1], logits)
         if check:
-            _ids_below("include", include, logits.shape[-1])
+            _check.ids_below("include", include, logits.shape[-1])
     if check:
-        _usable("logits", logits)
+        _check.usable("logits", logits)
     op = _select_actions if _fused(impl, logits, k=k) else _select_actions_reference
     return op.select_actions(logits, k, top_p, scale, include)
 
@@ -163,11 +164,11 @@ def gather_q(
         RuntimeError: an id is >= V that nobody looked at (``check``).
         NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
-    _floating("logits", logits)
-    scale = _scale("", temperature, softcap, logit_scale)
-    _set_ids("ids", ids, logits.shape[:-1], logits)
+    _check.floating("logits", logits)
+    scale = _check.scale("", temperature, softcap, logit_scale)
+    _check.set_ids("ids", ids, logits.shape[:-1], logits)
     if check:
-        _ids_below("ids", ids, logits.shape[-1])
+        _check.ids_below("ids", ids, logits.shape[-1])
     op = _gather_q if _fused(impl, logits, k=ids.shape[-1]) else _gather_q_reference
     return op.gather_q(logits, ids, scale)
 
@@ -185,7 +186,7 @@ def soft_value(q: Tensor, *, impl: Impl = "auto") -> Tensor:
         ValueError: ``q`` has no dimension.
         NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
-    _floating("q", q)
+    _check.floating("q", q)
     q = _accumulated(q)
     op = _soft_value if _fused(impl, q) else _soft_value_reference
     return op.soft_value(q)
@@ -220,14 +221,14 @@ def successors(
     >>> successors(torch.tensor([-100, 5, 6, 2, 7, 8]), eos_token_id=2).tolist()
     [-2, 2, 3, -1, 5, -2]
     """
-    _integers("tokens", tokens)
+    _check.integers("tokens", tokens)
     if tokens.dim() == 0:
         raise ValueError("tokens: expected at least one dimension, got a scalar")
     state = tokens != ignore_index
     follows = torch.zeros_like(state)
     follows[..., :-1] = state[..., 1:]
     if cu_seqlens is not None:
-        _integers("cu_seqlens", cu_seqlens)
+        _check.integers("cu_seqlens", cu_seqlens)
         length = tokens.shape[-1]
         if cu_seqlens.dim() != 1 or tokens.numel() != length:
             raise ValueError(
@@ -277,16 +278,16 @@ def td_target(
         RuntimeError: the successors go in a circle (the reference does not look).
         NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
-    _floating("value", value, dims=0)
-    _successor(successor, value.shape, value)
-    _within("gamma", gamma, 0.0, 1.0)
+    _check.floating("value", value, dims=0)
+    _check.successor(successor, value.shape, value)
+    _check.within("gamma", gamma, 0.0, 1.0)
     if lam is not None:
-        _within("lam", lam, 0.0, 1.0)
+        _check.within("lam", lam, 0.0, 1.0)
     value = _accumulated(value)
     if reward is not None:
-        _floating("reward", reward, dims=0)
-        _same_shape("reward", reward, value.shape, "value")
-        _same_device("reward", reward, value)
+        _check.floating("reward", reward, dims=0)
+        _check.same_shape("reward", reward, value.shape, "value")
+        _check.same_device("reward", reward, value)
         reward = reward.to(value.dtype).flatten()
     op = _td_target if _fused(impl, value) else _td_target_reference
     target = op.td_target(value.flatten(), successor.flatten(), reward, gamma=gamma, lam=lam)
@@ -383,32 +384,34 @@ def td_loss(
     >>> imitate = ForwardKL(tail=True)
     >>> td_loss(student, teacher, tokens, objective=imitate, top_p=1.0).loss.backward()
     """
-    _floating("student_logits", student_logits)
-    _floating("teacher_logits", teacher_logits)
+    _check.floating("student_logits", student_logits)
+    _check.floating("teacher_logits", teacher_logits)
     lead = student_logits.shape[:-1]
     if teacher_logits.shape[:-1] != lead:
         raise ValueError(
             f"teacher_logits: expected the leading dims of student_logits {tuple(lead)}, got "
             f"{tuple(teacher_logits.shape[:-1])}"
         )
-    _same_device("teacher_logits", teacher_logits, student_logits)
-    _same_vocabulary(
+    _check.same_device("teacher_logits", teacher_logits, student_logits)
+    _check.same_vocabulary(
         "teacher_logits", teacher_logits.shape[-1], student_logits.shape[-1], vocab_size
     )
-    student_logits = _columns("student_logits", student_logits, vocab_size)
-    _tokens("tokens", tokens, lead, student_logits)
+    student_logits = _check.columns("student_logits", student_logits, vocab_size)
+    _check.tokens("tokens", tokens, lead, student_logits)
     if check:
-        _tokens_fit(tokens, student_logits.shape[-1], ignore_index)
-    elif _looked_at(tokens):
-        _ids_below("tokens", tokens, student_logits.shape[-1], ignore_index)
-    _selection(k, top_p)
-    scale = _scale("", temperature, softcap, logit_scale)
-    teacher_scale = _scale("teacher_", teacher_temperature, teacher_softcap, teacher_logit_scale)
-    teacher_logits = _columns("teacher_logits", teacher_logits, vocab_size)
+        _check.tokens_fit(tokens, student_logits.shape[-1], ignore_index)
+    elif _check.looked_at(tokens):
+        _check.ids_below("tokens", tokens, student_logits.shape[-1], ignore_index)
+    _check.selection(k, top_p)
+    scale = _check.scale("", temperature, softcap, logit_scale)
+    teacher_scale = _check.scale(
+        "teacher_", teacher_temperature, teacher_softcap, teacher_logit_scale
+    )
+    teacher_logits = _check.columns("teacher_logits", teacher_logits, vocab_size)
     state = tokens != ignore_index
     if check:
-        _usable("teacher_logits", teacher_logits, state)
-        _usable("student_logits", student_logits, state)
+        _check.usable("teacher_logits", teacher_logits, state)
+        _check.usable("student_logits", student_logits, state)
     objective = as_objective(IQLearn() if objective is None else objective)
 
     # rows that are no states are not even read
@@ -473,16 +476,16 @@ def linear_select_actions(
         ValueError: an argument is out of range, or shapes do not fit.
         NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
-    weight, bias = _head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
-    _selection(k, top_p)
-    scale = _scale("", temperature, softcap, logit_scale)
+    weight, bias = _check.head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
+    _check.selection(k, top_p)
+    scale = _check.scale("", temperature, softcap, logit_scale)
     lead = hidden.shape[:-1]
     if include is not None:
-        _tokens("include", include, lead, hidden)
+        _check.tokens("include", include, lead, hidden)
         if check:
-            _ids_below("include", include, weight.shape[0])
+            _check.ids_below("include", include, weight.shape[0])
     if check:
-        _usable("hidden", hidden)
+        _check.usable("hidden", hidden)
     return _select_from_head(hidden, weight, bias, k, top_p, scale, include, None, impl)
 
 
@@ -546,11 +549,11 @@ def linear_gather_q(
         ValueError: an argument is out of range, or shapes do not fit.
         NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
-    weight, bias = _head("hidden", hidden, "weight", weight, "bias", bias, None)
-    scale = _scale("", temperature, softcap, logit_scale)
-    _set_ids("ids", ids, hidden.shape[:-1], hidden)
-    if _looked_at(ids, check):
-        _ids_below("ids", ids, weight.shape[0])
+    weight, bias = _check.head("hidden", hidden, "weight", weight, "bias", bias, None)
+    scale = _check.scale("", temperature, softcap, logit_scale)
+    _check.set_ids("ids", ids, hidden.shape[:-1], hidden)
+    if _check.looked_at(ids, check):
+        _check.ids_below("ids", ids, weight.shape[0])
     rows = ids.shape[:-1].numel()
     flat = hidden.reshape(rows, hidden.shape[-1])
     gather = _head_rows_of(impl, flat, weight, ids.shape[-1])
@@ -593,8 +596,8 @@ def linear_logsumexp(
         ValueError: an argument is out of range, or shapes do not fit.
         NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
-    weight, bias = _head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
-    scale = _scale("", temperature, softcap, logit_scale)
+    weight, bias = _check.head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
+    scale = _check.scale("", temperature, softcap, logit_scale)
     lead = hidden.shape[:-1]
     flat = hidden.reshape(lead.numel(), hidden.shape[-1])
     nothing = torch.empty((flat.shape[0], 0), dtype=torch.int64, device=hidden.device)
@@ -652,12 +655,12 @@ def linear_log_probs(
     >>> given.log_probs.exp(), given.log_tail.exp()
     (tensor([[0.1000, 0.1000]]), tensor([0.8000]))
     """
-    weight, bias = _head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
-    scale = _scale("", temperature, softcap, logit_scale)
+    weight, bias = _check.head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
+    scale = _check.scale("", temperature, softcap, logit_scale)
     lead = hidden.shape[:-1]
-    _set_ids("ids", ids, lead, hidden)
-    if _looked_at(ids, check):
-        _ids_below("ids", ids, weight.shape[0])
+    _check.set_ids("ids", ids, lead, hidden)
+    if _check.looked_at(ids, check):
+        _check.ids_below("ids", ids, weight.shape[0])
     k = ids.shape[-1]
     flat, ids_of = hidden.reshape(lead.numel(), hidden.shape[-1]), ids.reshape(lead.numel(), k)
     if vocabulary is not None:
@@ -665,7 +668,7 @@ def linear_log_probs(
         _holds(vocabulary, ids_of, check)
     linear_rows = _linear_rows_of(impl, hidden, weight, k)
     z, log_rest = linear_rows(flat, weight, bias, ids_of, scale, vocabulary)
-    held = soft_value(torch.where(_repeated(ids_of), -torch.inf, z), impl=impl)
+    held = soft_value(torch.where(_check.repeated(ids_of), -torch.inf, z), impl=impl)
     log_z = torch.logaddexp(held, log_rest)
     return LogProbs((z - log_z.unsqueeze(-1)).view(ids.shape), (log_rest - log_z).view(lead))
 
@@ -714,13 +717,13 @@ def batch_vocabulary(
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity: expected a number >= 1, got {capacity!r}")
     if law is not None:
-        _floating("law", law)
-        _same_shape("law", law, torch.Size([vocab_size]), "the vocabulary")
-        _same_device("law", law, actions.ids)
+        _check.floating("law", law)
+        _check.same_shape("law", law, torch.Size([vocab_size]), "the vocabulary")
+        _check.same_device("law", law, actions.ids)
         law = law.detach()
-        _chances("law", law)
-    if _looked_at(actions.ids):
-        _ids_below("actions", actions.ids, vocab_size)
+        _check.chances("law", law)
+    if _check.looked_at(actions.ids):
+        _check.ids_below("actions", actions.ids, vocab_size)
     return _batch_vocabulary.batch_vocabulary(
         actions.ids,
         vocab_size,
@@ -821,29 +824,29 @@ def linear_td_loss(
             teacher and ``actions`` are given, or an option of ``"batch"`` with ``"exact"``.
         NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
-    weight, bias = _head(
+    weight, bias = _check.head(
         "student_hidden", student_hidden, "student_weight", student_weight, "bias", bias, vocab_size
     )
     lead = student_hidden.shape[:-1]
-    _tokens("tokens", tokens, lead, student_hidden)
-    _choice("normaliser", normaliser, ("exact", "batch"))
+    _check.tokens("tokens", tokens, lead, student_hidden)
+    _check.choice("normaliser", normaliser, ("exact", "batch"))
     if isinstance(law, str):
-        _choice("law", law, ("student",))
+        _check.choice("law", law, ("student",))
     if normaliser == "exact":
         for name, option in (("vocabulary", vocabulary), ("law", law), ("capacity", capacity)):
             if option is not None:
                 raise ValueError(
                     f'{name}: expected None with normaliser="exact", got {type(option).__name__}'
                 )
-    scale = _scale("", temperature, softcap, logit_scale)
+    scale = _check.scale("", temperature, softcap, logit_scale)
     state = tokens != ignore_index
     if check:
-        _usable("student_hidden", student_hidden, state)
-        _tokens_fit(tokens, weight.shape[0], ignore_index)
-    elif _looked_at(tokens):
-        _ids_below("tokens", tokens, weight.shape[0], ignore_index)
+        _check.usable("student_hidden", student_hidden, state)
+        _check.tokens_fit(tokens, weight.shape[0], ignore_index)
+    elif _check.looked_at(tokens):
+        _check.ids_below("tokens", tokens, weight.shape[0], ignore_index)
 
-    _one_teacher(teacher_hidden, teacher_weight, actions)
+    _check.one_teacher(teacher_hidden, teacher_weight, actions)
     live = actions is None
     if actions is None:
         assert teacher_hidden is not None
@@ -858,13 +861,13 @@ def linear_td_loss(
             state,
             k,
             top_p,
-            _scale("teacher_", teacher_temperature, teacher_softcap, teacher_logit_scale),
+            _check.scale("teacher_", teacher_temperature, teacher_softcap, teacher_logit_scale),
             vocab_size,
             check,
             impl,
         )
     else:
-        actions = _action_sets(actions, lead, student_hidden, state, check)
+        actions = _check.action_sets(actions, lead, student_hidden, state, check)
 
     # rows that are no states have no say in which columns exist, nor in the head's gradient, where
     # a NaN of theirs would survive as 0 * NaN
@@ -872,10 +875,10 @@ def linear_td_loss(
     flat = student_hidden if _all_states(state) else torch.where(here, student_hidden, 0.0)
     flat = flat.reshape(tokens.numel(), student_hidden.shape[-1])
     used = actions._replace(ids=torch.where(here, actions.ids, -1))
-    if not live and _looked_at(used.ids, check):
-        _ids_below("actions", used.ids, weight.shape[0])
+    if not live and _check.looked_at(used.ids, check):
+        _check.ids_below("actions", used.ids, weight.shape[0])
     if not live and check:
-        _distinct("actions", used.ids)
+        _check.distinct("actions", used.ids)
     objective = as_objective(IQLearn() if objective is None else objective)
     rows = _td_rows(
         used,
@@ -890,8 +893,8 @@ def linear_td_loss(
         ignore_index=ignore_index,
         impl=impl,
     )
-    if not live and _looked_at(rows.ids, check):
-        _taken_held("actions", rows, tokens)
+    if not live and _check.looked_at(rows.ids, check):
+        _check.taken_held("actions", rows, tokens)
     divisor = _divisor(rows, reduction, num_items_in_batch)
     if not _needs_normaliser(objective, q):
         gather = _head_rows_of(impl, flat, weight, rows.ids.shape[-1])
@@ -923,18 +926,6 @@ def linear_td_loss(
     return _td_output(terms, actions, lead, reduction, divisor)
 
 
-def _one_teacher(hidden: Tensor | None, weight: Tensor | None, actions: ActionSet | None) -> None:
-    """Refuses both, neither or half of a live teacher and given sets."""
-    if (hidden is None) == (weight is None) != (actions is None):
-        return
-    named = {"teacher_hidden": hidden, "teacher_weight": weight, "actions": actions}
-    given = [name for name, value in named.items() if value is not None]
-    raise ValueError(
-        "teacher: expected either teacher_hidden and teacher_weight, or actions, got "
-        f"{' and '.join(given) or 'none of them'}"
-    )
-
-
 def _live_sets(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -951,22 +942,22 @@ def _live_sets(
     impl: Impl,
 ) -> ActionSet:
     """The live teacher's sets, the taken tokens in them; none where a row is no state."""
-    _floating("teacher_hidden", hidden)
+    _check.floating("teacher_hidden", hidden)
     lead = student_hidden.shape[:-1]
     if hidden.shape[:-1] != lead:
         raise ValueError(
             f"teacher_hidden: expected the leading dims of student_hidden {tuple(lead)}, got "
             f"{tuple(hidden.shape[:-1])}"
         )
-    _same_device("teacher_hidden", hidden, student_hidden)
-    _floating("teacher_weight", weight)
-    _same_vocabulary("teacher_weight", weight.shape[0], student_weight.shape[0], vocab_size)
-    _selection(k, top_p)
-    weight, bias = _head(
+    _check.same_device("teacher_hidden", hidden, student_hidden)
+    _check.floating("teacher_weight", weight)
+    _check.same_vocabulary("teacher_weight", weight.shape[0], student_weight.shape[0], vocab_size)
+    _check.selection(k, top_p)
+    weight, bias = _check.head(
         "teacher_hidden", hidden, "teacher_weight", weight, "teacher_bias", bias, vocab_size
     )
     if check:
-        _usable("teacher_hidden", hidden, state)
+        _check.usable("teacher_hidden", hidden, state)
     include = torch.where(state, tokens, -1)
     return _select_from_head(hidden, weight, bias, k, top_p, scale, include, state, impl)
 
@@ -1012,11 +1003,6 @@ def _log(level: int, message: str) -> None:
     logger.log(level, message)
 
 
-def _looked_at(x: Tensor, check: bool = False) -> bool:
-    """Whether values are looked at: on request, and on a CPU, which need not be waited for."""
-    return check or (x.device.type == "cpu" and not torch.compiler.is_compiling())
-
-
 def _bucketed(vocabulary: Vocabulary) -> Vocabulary:
     """Padded to a multiple of ``CAPACITY_STEP``: few sizes, and products that are aligned."""
     ids, log_weight = vocabulary
@@ -1035,15 +1021,15 @@ def _weighted_columns(
             f"{type(vocabulary).__name__}"
         )
     ids, log_weight = vocabulary
-    _integers("vocabulary.ids", ids)
+    _check.integers("vocabulary.ids", ids)
     if ids.dim() != 1:
         raise ValueError(f"vocabulary.ids: expected (M,), got {tuple(ids.shape)}")
-    _same_device("vocabulary.ids", ids, hidden)
-    _floating("vocabulary.log_weight", log_weight)
-    _same_shape("vocabulary.log_weight", log_weight, ids.shape, "its ids")
-    _same_device("vocabulary.log_weight", log_weight, hidden)
-    if _looked_at(ids, check):
-        _ids_below("vocabulary.ids", ids, weight.shape[0])
+    _check.same_device("vocabulary.ids", ids, hidden)
+    _check.floating("vocabulary.log_weight", log_weight)
+    _check.same_shape("vocabulary.log_weight", log_weight, ids.shape, "its ids")
+    _check.same_device("vocabulary.log_weight", log_weight, hidden)
+    if _check.looked_at(ids, check):
+        _check.ids_below("vocabulary.ids", ids, weight.shape[0])
         if bool(((ids < 0) & (log_weight > -torch.inf)).any()):
             raise ValueError("vocabulary.log_weight: expected -inf where an id is negative")
         if bool((ids[1:] <= ids[:-1])[ids[1:] >= 0].any()):
@@ -1054,7 +1040,7 @@ def _weighted_columns(
 
 def _holds(vocabulary: Vocabulary, ids: Tensor, check: bool) -> None:
     """Refuses a vocabulary without some member."""
-    if not _looked_at(ids, check):
+    if not _check.looked_at(ids, check):
         return
     missing = (ids >= 0) & ~torch.isin(ids, vocabulary.ids)
     if bool(missing.any()):
@@ -1089,7 +1075,7 @@ def _gathers(hidden: Tensor, weight: Tensor, k: int) -> bool:
 
 
 def _needs_normaliser(objective: Objective, q: Level) -> bool:
-    _choice("q", q, get_args(Level))
+    _check.choice("q", q, get_args(Level))
     return q == "log_prob" or objective.normalised
 
 
@@ -1107,7 +1093,7 @@ def _td_rows(
     ignore_index: int,
     impl: Impl,
 ) -> TDRows:
-    _within("gamma", gamma, 0.0, 1.0)
+    _check.within("gamma", gamma, 0.0, 1.0)
     lead = tokens.shape
     for name, given in (
         ("target_value", target_value),
@@ -1115,9 +1101,9 @@ def _td_rows(
         ("expert_weight", expert_weight),
     ):
         if given is not None:
-            _floating(name, given, dims=0)
-            _same_shape(name, given, lead, "the rows")
-            _same_device(name, given, tokens)
+            _check.floating(name, given, dims=0)
+            _check.same_shape(name, given, lead, "the rows")
+            _check.same_device(name, given, tokens)
     if target_value is not None and objective.starts:
         raise ValueError(
             "target_value: expected None with an objective that counts from the first state of a "
@@ -1125,7 +1111,7 @@ def _td_rows(
         )
     if successor is None:
         successor = successors(tokens.reshape(lead or (1,)), ignore_index=ignore_index).view(lead)
-    _successor(successor, lead, tokens)
+    _check.successor(successor, lead, tokens)
     k = actions.ids.shape[-1]
     return TDRows.of(
         actions.ids.reshape(tokens.numel(), k),
@@ -1146,7 +1132,7 @@ def _td_rows(
 def _divisor(
     rows: TDRows, reduction: Reduction, num_items_in_batch: Tensor | float | None
 ) -> Tensor | float:
-    _choice("reduction", reduction, ("mean", "sum", "none"))
+    _check.choice("reduction", reduction, ("mean", "sum", "none"))
     if reduction != "mean":
         return 1.0
     if num_items_in_batch is None:
@@ -1160,7 +1146,7 @@ def _divisor(
             )
         num_items_in_batch = num_items_in_batch.reshape(())
         return torch.where(num_items_in_batch == 0, torch.inf, num_items_in_batch)
-    _within("num_items_in_batch", num_items_in_batch, 0, float("inf"))
+    _check.within("num_items_in_batch", num_items_in_batch, 0, float("inf"))
     return num_items_in_batch or torch.inf
 
 
@@ -1181,12 +1167,9 @@ def _accumulated(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# What the ops refuse. Each message names the argument, what was expected and what came.
-
-
 def _fused(impl: str, *tensors: Tensor, k: int = 1) -> bool:
     """Whether the kernel is wanted, and takes these tensors and sets of ``k``."""
-    _choice("impl", impl, ("auto", "reference", "fused"))
+    _check.choice("impl", impl, ("auto", "reference", "fused"))
     if impl == "reference":
         return False
     reason = _backends.why_not(*tensors, k=k)
@@ -1195,249 +1178,3 @@ def _fused(impl: str, *tensors: Tensor, k: int = 1) -> bool:
     if reason is not None and tensors[0].is_cuda and not torch.compiler.is_compiling():
         _log(logging.WARNING, f'impl="auto" takes plain PyTorch: {reason}')
     return reason is None
-
-
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        choices = ", ".join(f'"{choice}"' for choice in allowed)
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
-
-
-def _number(name: str, value: float) -> None:
-    """Scalars of any kind, symbolic ones of the compiler too."""
-    if value is None or isinstance(value, str | Sequence):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    _number(name, value)
-    if not low <= value <= high:
-        raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}], got {value!r}")
-
-
-def _positive(name: str, value: float) -> None:
-    _number(name, value)
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
-
-
-def _scale(prefix: str, temperature: float, softcap: float | None, logit_scale: float) -> Scale:
-    _positive(f"{prefix}temperature", temperature)
-    _positive(f"{prefix}logit_scale", logit_scale)
-    if softcap is not None:
-        _positive(f"{prefix}softcap", softcap)
-    return Scale(temperature, softcap, logit_scale)
-
-
-def _selection(k: int, top_p: float) -> None:
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k: expected an int, got {type(k).__name__}")
-    if k < 1:
-        raise ValueError(f"k: expected an int >= 1, got {k}")
-    _number("top_p", top_p)
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
-
-
-def _floating(name: str, x: Tensor, *, dims: int = 1) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"{name}: expected float64, float32, bfloat16 or float16, got {_short(x.dtype)}"
-        )
-    if x.dim() < dims:
-        raise ValueError(f"{name}: expected at least {dims} dimension, got a scalar")
-
-
-def _integers(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected int32 or int64, got {_short(x.dtype)}")
-
-
-def _tokens(name: str, tokens: Tensor, lead: torch.Size, like: Tensor) -> None:
-    _integers(name, tokens)
-    if tokens.shape != lead:
-        raise ValueError(
-            f"{name}: expected one token a position {tuple(lead)}, got {tuple(tokens.shape)}"
-        )
-    _same_device(name, tokens, like)
-
-
-def _set_ids(name: str, ids: Tensor, lead: torch.Size, like: Tensor) -> None:
-    _integers(name, ids)
-    if ids.dim() == 0 or ids.shape[:-1] != lead:
-        raise ValueError(f"{name}: expected ({_dims(lead)}k) ids, got {tuple(ids.shape)}")
-    _same_device(name, ids, like)
-
-
-def _action_sets(
-    actions: ActionSet, lead: torch.Size, like: Tensor, state: Tensor, check: bool
-) -> ActionSet:
-    if not isinstance(actions, ActionSet):
-        raise TypeError(f"actions: expected an ActionSet, got {type(actions).__name__}")
-    ids, log_probs, _ = actions
-    _set_ids("actions", ids, lead, like)
-    _floating("actions.log_probs", log_probs)
-    _same_shape("actions.log_probs", log_probs, ids.shape, "actions.ids")
-    _same_device("actions.log_probs", log_probs, like)
-    if check:
-        above = (ids >= 0) & state.unsqueeze(-1) & ~(log_probs <= 1e-3)  # rounding, or NaN
-        if bool(above.any()):
-            raise ValueError(
-                "actions.log_probs: expected log-probabilities, at most 0, got "
-                f"{float(log_probs[above][0]):g}"
-            )
-    return actions._replace(log_probs=log_probs.detach())
-
-
-def _successor(successor: Tensor, shape: torch.Size, like: Tensor) -> None:
-    _integers("successor", successor)
-    _same_shape("successor", successor, shape, "the rows")
-    _same_device("successor", successor, like)
-    if successor.numel() and _looked_at(successor):
-        low, high = (int(x) for x in successor.aminmax())
-        if low < -2 or high >= successor.numel():
-            raise ValueError(
-                f"successor: expected rows from 0 to {successor.numel() - 1}, -1 or -2, got "
-                f"{low if low < -2 else high}"
-            )
-
-
-def _same_shape(name: str, x: Tensor, shape: torch.Size, of: str) -> None:
-    if x.shape != shape:
-        raise ValueError(f"{name}: expected the shape of {of} {tuple(shape)}, got {tuple(x.shape)}")
-
-
-def _same_device(name: str, x: Tensor, like: Tensor) -> None:
-    if x.device != like.device:
-        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {x.device}")
-
-
-def _same_vocabulary(name: str, teacher: int, student: int, vocab_size: int | None) -> None:
-    if vocab_size is None and teacher != student:
-        raise ValueError(
-            f"{name}: expected the student's vocabulary of {student}, got {teacher}; where they "
-            "differ by padding alone, pass vocab_size"
-        )
-
-
-def _columns(name: str, logits: Tensor, vocab_size: int | None) -> Tensor:
-    if vocab_size is None or vocab_size == logits.shape[-1]:
-        return logits
-    if not 1 <= vocab_size <= logits.shape[-1]:
-        raise ValueError(
-            f"vocab_size: expected 1 to {logits.shape[-1]}, the columns of {name}, got "
-            f"{vocab_size!r}"
-        )
-    return logits[..., :vocab_size]
-
-
-def _head(
-    hidden_name: str,
-    hidden: Tensor,
-    weight_name: str,
-    weight: Tensor,
-    bias_name: str,
-    bias: Tensor | None,
-    vocab_size: int | None,
-) -> tuple[Tensor, Tensor | None]:
-    _floating(hidden_name, hidden)
-    _floating(weight_name, weight)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{weight_name}: expected (V, {hidden.shape[-1]}) to fit {hidden_name}, got "
-            f"{tuple(weight.shape)}"
-        )
-    _same_device(weight_name, weight, hidden)
-    if bias is not None:
-        _floating(bias_name, bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"{bias_name}: expected ({weight.shape[0]},) to fit {weight_name}, got "
-                f"{tuple(bias.shape)}"
-            )
-        _same_device(bias_name, bias, hidden)
-    # a slice of everything would cost a second gradient too
-    if vocab_size is not None and vocab_size != weight.shape[0]:
-        if not 1 <= vocab_size < weight.shape[0]:
-            raise ValueError(
-                f"vocab_size: expected 1 to {weight.shape[0]}, the rows of {weight_name}, got "
-                f"{vocab_size!r}"
-            )
-        weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
-    return weight, bias
-
-
-def _ids_below(name: str, ids: Tensor, vocab: int, ignore_index: int | None = None) -> None:
-    if ignore_index is not None and ignore_index >= vocab:
-        ids = ids[ids != ignore_index]
-    if ids.numel() and int(ids.max()) >= vocab:
-        raise ValueError(
-            f"{name}: expected ids below the vocabulary's size {vocab}, got {int(ids.max())}"
-        )
-
-
-def _repeated(ids: Tensor) -> Tensor:
-    """bool ``(..., k)``: all but one of the slots of each id >= 0 of a row."""
-    ordered, slot = ids.sort(dim=-1)
-    again = torch.zeros_like(ids, dtype=torch.bool)
-    again[..., 1:] = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
-    return torch.zeros_like(again).scatter(-1, slot, again)
-
-
-def _distinct(name: str, ids: Tensor) -> None:
-    again = _repeated(ids)
-    if bool(again.any()):
-        raise ValueError(f"{name}: expected distinct ids in a set, got {int(ids[again][0])} twice")
-
-
-def _taken_held(name: str, rows: TDRows, tokens: Tensor) -> None:
-    """Refuses sets without the taken token, whose rows would drop out of the loss; a set that is
-    empty is one of which the teacher knows nothing."""
-    without = ~rows.state & (rows.ids >= 0).any(-1)
-    if bool(without.any()):
-        row = int(without.int().argmax())
-        raise ValueError(
-            f"{name}: expected sets that hold the taken tokens (include=tokens), got one without "
-            f"{int(tokens.flatten()[row])} in row {row} of {without.numel()}"
-        )
-
-
-def _chances(name: str, law: Tensor) -> None:
-    fits = (law >= 0) & law.isfinite()
-    if not _looked_at(law):
-        torch._assert_async(fits.all(), f"{name}: expected finite numbers >= 0, got others")
-    elif not bool(fits.all()):
-        raise ValueError(f"{name}: expected finite numbers >= 0, got {float(law[~fits][0]):g}")
-
-
-def _tokens_fit(tokens: Tensor, vocab: int, ignore_index: int) -> None:
-    wrong = (tokens != ignore_index) & ((tokens < 0) | (tokens >= vocab))
-    if bool(wrong.any()):
-        raise ValueError(
-            f"tokens: expected ids from 0 to {vocab - 1}, or {ignore_index}, got "
-            f"{int(tokens[wrong][0])}"
-        )
-
-
-def _usable(name: str, x: Tensor, state: Tensor | None = None) -> None:
-    bad = (x.isnan() | (x == torch.inf)).any(-1) | ~(x != -torch.inf).any(-1)
-    if state is not None:
-        bad &= state
-    if bool(bad.any()):
-        row = int(bad.flatten().int().argmax())
-        raise ValueError(
-            f"{name}: expected rows without NaN or +inf and with a finite entry, got row {row} "
-            f"of {bad.numel()} without"
-        )
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _dims(lead: torch.Size) -> str:
-    return "".join(f"{size}, " for size in lead)

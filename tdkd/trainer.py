@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tdkd import bootstrap, checkpoints, online, ops
+from tdkd.config import TDConfig
 from tdkd.diagnostics import Drift, diagnostics
 from tdkd.errors import UserError, missing
 from tdkd.lm_loss import lm_cross_entropy
@@ -33,348 +32,24 @@ from tdkd.models import (
     lm_head,
     load_model,
 )
-from tdkd.objectives import (
-    CrossEntropy,
-    ForwardKL,
-    IQLearn,
-    Objective,
-    ObjectiveLike,
-    ReverseKL,
-    as_objective,
-    parse,
-)
-from tdkd.objectives.inverse import PHIS
+from tdkd.objectives import CrossEntropy, IQLearn, ObjectiveLike, as_objective
 
 try:
     from accelerate.utils import DynamoBackend
     from transformers import PreTrainedModel
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
     from trl.models.utils import _ForwardRedirection
 
     from tdkd.cache import Cache, Collator
 except (ImportError, RuntimeError) as error:  # lazy modules raise the latter
     raise missing(error) from error
 
+__all__ = ["TDConfig", "TDTrainer", "response_rows"]
+
 logger = logging.getLogger("tdkd")
 
-Imitation = Literal["forward_kl", "reverse_kl", "cross_entropy", "none"]
-IMITATION = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL, "cross_entropy": CrossEntropy}
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "teacher": ("live", "cache"),
-    "q_level": get_args(ops.Level),
-    "normaliser": get_args(ops.Normaliser),
-    "batch_vocabulary_law": ("student", "uniform"),
-    "imitation": get_args(Imitation),
-    "td_phi": tuple(PHIS),
-    "td_expectation": ("token", "teacher"),
-    "target_network": ("none", "ema"),
-}
-"""Words that fields of :class:`TDConfig` may be."""
-RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "action_top_k": (lambda x: x >= 1, ">= 1"),
-    "action_top_p": (lambda x: 0 < x <= 1, "in (0, 1]"),
-    "gamma": (lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "batch_vocabulary_extra": (lambda x: x >= 0, ">= 0"),
-    "imitation_weight": (lambda x: x >= 0, ">= 0"),
-    "td_weight": (lambda x: x >= 0, ">= 0"),
-    "td_alpha": (lambda x: x > 0, "> 0"),
-    "target_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "target_every": (lambda x: x >= 1, ">= 1"),
-    "lm_weight": (lambda x: x >= 0, ">= 0"),
-    "student_temperature": (lambda x: x > 0, "> 0"),
-    "teacher_temperature": (lambda x: x > 0, "> 0"),
-    "vocab_size": (lambda x: x >= 1, ">= 1"),
-    "lmbda": (lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "max_completion_length": (lambda x: x >= 1, ">= 1"),
-    "temperature": (lambda x: x >= 0, ">= 0"),
-    "top_k": (lambda x: x >= 0, ">= 0"),
-    "top_p": (lambda x: 0 < x <= 1, "in (0, 1]"),
-    "teacher_mixture": (lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "generation_batch_size": (lambda x: x >= 1, ">= 1"),
-    "vllm_gpu_memory_utilization": (lambda x: 0 < x <= 1, "in (0, 1]"),
-    "replay_size": (lambda x: x >= 0, ">= 0"),
-    "replay_ratio": (lambda x: 0 <= x < 1, "in [0, 1)"),
-}
-"""Whether a number will do for a field of :class:`TDConfig`, and which would, in words."""
 NEVER_CALLED = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
 """What ``SFTTrainer`` takes and would give logits to."""
-
-
-@dataclass
-class TDConfig(SFTConfig):
-    """:class:`trl.SFTConfig` with what TD distillation adds.
-
-    The loss of a step is ``imitation_weight * imitation + td_weight * IQ-Learn + lm_weight * LM``,
-    or ``objective + lm_weight * LM`` with any sum of the objectives of :mod:`tdkd.objectives`.
-    With ``lmbda`` > 0 the student's own answers take the place of some of the data's
-    (``docs/teachers.md``). The defaults are what taught the best student in ``docs/quality.md``:
-    forward KL on the 64 likeliest tokens and one bucket for the rest; no TD term beside it did
-    better there, so that ``td_weight`` is 0. With no term at all the trainer is a plain supervised
-    warm start and needs no teacher.
-
-    On a machine without an accelerator ``bf16`` defaults to False (TRL's default is True).
-    ``torch_compile`` compiles the bodies of student and teacher; heads and losses have kernels of
-    their own.
-    """
-
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Directory of the teacher."}
-    )
-    teacher: str = field(
-        default="live",
-        metadata={
-            "help": "Where action sets come from: a 'live' model, or the 'cache' that tdkd cache "
-            "made."
-        },
-    )
-    teacher_cache: str | None = field(
-        default=None, metadata={"help": "Folder of the cache, with teacher: cache."}
-    )
-    teacher_cache_verify: bool = field(
-        default=True,
-        metadata={
-            "help": "Compare the cache with its checksums, which reads all of it at the start; "
-            "otherwise only sizes are compared."
-        },
-    )
-    action_top_k: int = field(
-        default=64, metadata={"help": "Cap of an action set (GPU kernels take 1024 at most)."}
-    )
-    action_top_p: float = field(
-        default=1.0, metadata={"help": "Teacher probability that an action set must reach."}
-    )
-    gamma: float = field(default=0.99, metadata={"help": "Discount of the TD term."})
-    q_level: str = field(
-        default="log_prob",
-        metadata={
-            "help": "What Q is: the student's 'log_prob', its 'logit' (the paper), or its logit "
-            "'shifted' by the set's largest (the authors' code)."
-        },
-    )
-    normaliser: str = field(
-        default="batch",
-        metadata={
-            "help": "log Z over all columns ('exact') or over the batch vocabulary ('batch')."
-        },
-    )
-    batch_vocabulary_extra: int = field(
-        default=1024, metadata={"help": "Columns that the batch vocabulary samples."}
-    )
-    batch_vocabulary_law: str = field(
-        default="student",
-        metadata={
-            "help": "How it samples: by the 'student's mean probabilities, or 'uniform'ly, which "
-            "spares a product of 64 rows with the head and estimates far less well."
-        },
-    )
-    objective: str | None = field(
-        default=None,
-        metadata={
-            "help": "In place of the imitation and td fields: a sum of objectives by name, such as "
-            "\"ForwardKL(tail=True) + 0.1 * IQLearn('js', alpha=1.0)\"."
-        },
-    )
-    imitation: str = field(
-        default="forward_kl",
-        metadata={"help": "'forward_kl', 'reverse_kl' or 'cross_entropy' on the set, or 'none'."},
-    )
-    imitation_tail: bool = field(
-        default=True,
-        metadata={"help": "Add a bucket for the mass outside the set to the imitation term."},
-    )
-    imitation_weight: float = field(default=1.0, metadata={"help": "Weight of the imitation term."})
-    td_weight: float = field(default=0.0, metadata={"help": "Weight of the IQ-Learn term."})
-    td_phi: str = field(default="chi2", metadata={"help": f"One of {', '.join(PHIS)}."})
-    td_alpha: float = field(
-        default=1.0, metadata={"help": "Strength of phi (the paper's 0.1 is much stronger)."}
-    )
-    td_expectation: str = field(
-        default="token", metadata={"help": "'token' (the taken one) or 'teacher' (over the set)."}
-    )
-    td_stop_gradient: bool = field(
-        default=True, metadata={"help": "Keep gradients out of the value of the next state."}
-    )
-    target_network: str = field(
-        default="none",
-        metadata={
-            "help": "Whose V' is the target of a state: the student's own ('none'), or that of an "
-            "exponential moving average of the student ('ema')."
-        },
-    )
-    target_decay: float = field(
-        default=0.99, metadata={"help": "Share of the average that each of its updates keeps."}
-    )
-    target_every: int = field(
-        default=1,
-        metadata={"help": "Optimizer steps from one update to the next; copies, at decay 0."},
-    )
-    value_head: bool = field(
-        default=False,
-        metadata={"help": "Learn a level v(s) for Q: one vector, added to Q and V of its state."},
-    )
-    lm_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the cross-entropy on the response tokens."}
-    )
-    student_temperature: float = field(
-        default=1.0, metadata={"help": "Divides the student's logits in the TD loss."}
-    )
-    teacher_temperature: float = field(
-        default=1.0, metadata={"help": "Divides the teacher's logits."}
-    )
-    vocab_size: int | None = field(
-        default=None,
-        metadata={"help": "Columns at and above it are padding; for models that pad differently."},
-    )
-    lmbda: float = field(
-        default=0.0,
-        metadata={
-            "help": "Probability that a sequence of a batch is the student's own answer to the "
-            "example's prompt, in place of the example's (0: offline; 1: on-policy)."
-        },
-    )
-    max_completion_length: int = field(
-        default=512, metadata={"help": "Cap of an answer, tokens; max_length does not bound it."}
-    )
-    temperature: float = field(
-        default=1.0, metadata={"help": "Divides the logits that answers are drawn from; 0: greedy."}
-    )
-    top_k: int = field(
-        default=0,
-        metadata={"help": "Answers are drawn from so many tokens (0: all); see action_top_k."},
-    )
-    top_p: float = field(
-        default=1.0, metadata={"help": "Answers are drawn from this nucleus; see action_top_p."}
-    )
-    teacher_mixture: float = field(
-        default=0.0,
-        metadata={"help": "Probability that a token of an answer is drawn from the teacher."},
-    )
-    generation_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Answers that are written at once, over all processes (by default all of a "
-            "step): what bounds the memory of keys and values."
-        },
-    )
-    use_vllm: bool = field(
-        default=False,
-        metadata={"help": "vLLM in the training process writes the answers (docs/teachers.md)."},
-    )
-    vllm_gpu_memory_utilization: float = field(
-        default=0.3, metadata={"help": "Share of the GPU's memory that vLLM takes."}
-    )
-    replay_size: int = field(
-        default=0, metadata={"help": "Answers that are kept to be learned from again."}
-    )
-    replay_ratio: float = field(
-        default=0.0,
-        metadata={"help": "Share of the steps that take kept answers in place of new ones."},
-    )
-
-    def __post_init__(self) -> None:
-        self._check_values()
-        if (self.teacher == "cache") != (self.teacher_cache is not None):
-            raise UserError(
-                "teacher_cache: expected a folder with teacher: cache, and none otherwise, got "
-                f"{self.teacher_cache} with teacher: {self.teacher}"
-            )
-        if self.teacher == "cache" and self.lmbda:
-            raise UserError(
-                "lmbda: expected 0 with teacher: cache, which knows nothing of other answers, got "
-                f"{self.lmbda}"
-            )
-        if self.teacher == "cache" and self.teacher_model_name_or_path is not None:
-            raise UserError(
-                "teacher_model_name_or_path: expected none with teacher: cache, got "
-                f"{self.teacher_model_name_or_path}"
-            )
-        if self.loss_type != "nll" or self.label_smoothing_factor:
-            raise UserError(
-                "loss_type: expected 'nll' and no label_smoothing_factor, got "
-                f"{self.loss_type!r} and {self.label_smoothing_factor}"
-            )
-        if bool(self.replay_size) != bool(self.replay_ratio):
-            raise UserError(
-                "replay_size: expected it together with replay_ratio, got "
-                f"{self.replay_size} and {self.replay_ratio}"
-            )
-        online_alone = ("teacher_mixture", "replay_size", "use_vllm", "generation_batch_size")
-        if not self.lmbda and any(getattr(self, name) for name in online_alone):
-            raise UserError(
-                f"lmbda: expected a number > 0 with {', '.join(online_alone[:-1])} or "
-                f"{online_alone[-1]}, got 0"
-            )
-        if self.use_vllm and (self.teacher_mixture or self.vocab_size is not None):
-            raise UserError(
-                "use_vllm: expected False with teacher_mixture or vocab_size, which vLLM's sampler "
-                "does not know, got True"
-            )
-        if self.objective is not None:
-            for name, known in self.__dataclass_fields__.items():
-                given = getattr(self, name)
-                if name.startswith(("imitation", "td_")) and given != known.default:
-                    raise UserError(
-                        f"{name}: expected it to be left out beside objective, got {given!r}"
-                    )
-        if self.build_objective() is None and self.lm_weight == 0:
-            raise UserError(
-                "lm_weight: expected a number > 0 where td_weight and the imitation term are 0, "
-                "got 0"
-            )
-        if self.trust_remote_code:
-            raise UserError(
-                "trust_remote_code: expected False, since code of a model is never run, got True"
-            )
-        if self.bf16 is None and not torch.accelerator.is_available():  # type: ignore[has-type]
-            self.bf16 = False
-        super().__post_init__()
-
-    def _check_values(self) -> None:
-        """Each field by itself: one of the words that it may be, or a number in its range."""
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        for name, (fits, expected) in RANGES.items():
-            value, kind = getattr(self, name), TDConfig.__annotations__[name]
-            if value is None and kind.endswith("| None"):
-                continue
-            whole = kind.startswith("int")
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-                number = "an integer" if whole else "a number"
-                raise UserError(f"{name}: expected {number} {expected}, got {value!r}")
-            if not fits(value):
-                raise UserError(f"{name}: expected a number {expected}, got {value}")
-
-    def build_objective(self) -> Objective | None:
-        """The objective that the fields describe; None for a plain warm start.
-
-        Raises:
-            UserError: ``objective`` is no sum of objectives.
-        """
-        if self.objective is not None:
-            try:
-                return parse(self.objective)
-            except ValueError as error:
-                raise UserError(str(error)) from error
-        terms: list[Objective] = []
-        if self.imitation != "none" and self.imitation_weight:
-            terms.append(
-                self.imitation_weight * IMITATION[self.imitation](tail=self.imitation_tail)
-            )
-        if self.td_weight:
-            iq = IQLearn(
-                self.td_phi,  # type: ignore[arg-type]
-                alpha=self.td_alpha,
-                expectation=self.td_expectation,  # type: ignore[arg-type]
-                stop_gradient="next" if self.td_stop_gradient else None,
-            )
-            terms.append(self.td_weight * iq)
-        if not terms:
-            return None
-        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
 
 class TDTrainer(SFTTrainer):

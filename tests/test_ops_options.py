@@ -7,7 +7,7 @@ import torch
 from checks import check_refused
 from test_ops import LargestTensor
 
-from tdkd import ops
+from tdkd import arguments, ops
 from tdkd.kernels import backends, routes
 from tdkd.kernels.batch_vocabulary.reference import inclusion, systematic
 from tdkd.kernels.linear_rows import reference as linear_rows_reference
@@ -93,12 +93,12 @@ def test_defaults_of_values_on_ids(dense, linear):
     ids = torch.randint(V, (2, 5, 7), generator=torch.Generator().manual_seed(1))
     hidden, weight = linear["student_hidden"], linear["student_weight"]
     same(ops.gather_q(dense[0], ids), ops.gather_q(dense[0], ids, **HEAD_DEFAULTS))
-    for op, arguments in (
+    for op, given in (
         (ops.linear_gather_q, (hidden, weight, ids)),
         (ops.linear_log_probs, (hidden, weight, ids)),
         (ops.linear_logsumexp, (hidden, weight)),
     ):
-        same(op(*arguments), op(*arguments, **HEAD_DEFAULTS))
+        same(op(*given), op(*given, **HEAD_DEFAULTS))
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -740,10 +740,10 @@ def test_a_vocab_size_that_leaves_nothing_out_makes_no_slice(linear):
     """Whose gradient would be a second one of the head's size, or of the logits'."""
     hidden, weight, bias = (linear[name] for name in ("student_hidden", "student_weight", "bias"))
     names = "hidden", hidden, "weight", weight, "bias", bias
-    assert ops._head(*names, V)[0] is weight
-    assert ops._head(*names, V)[1] is bias
-    assert ops._columns("logits", x, 5) is x
-    assert ops._head(*names, V - 1)[0].shape[0] == V - 1
+    assert arguments.head(*names, V)[0] is weight
+    assert arguments.head(*names, V)[1] is bias
+    assert arguments.columns("logits", x, 5) is x
+    assert arguments.head(*names, V - 1)[0].shape[0] == V - 1
 
 
 def test_bounds_themselves_are_allowed():

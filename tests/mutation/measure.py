@@ -37,6 +37,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [
     "tdkd/ops.py",
+    "tdkd/arguments.py",
     "tdkd/td_rows.py",
     *(
         str(path.relative_to(ROOT))

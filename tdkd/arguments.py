@@ -1,0 +1,274 @@
+"""What the ops refuse: each message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tdkd.td_rows import TDRows
+from tdkd.types import ActionSet, Scale
+
+
+def one_teacher(hidden: Tensor | None, weight: Tensor | None, actions: ActionSet | None) -> None:
+    """Refuses both, neither or half of a live teacher and given sets."""
+    if (hidden is None) == (weight is None) != (actions is None):
+        return
+    named = {"teacher_hidden": hidden, "teacher_weight": weight, "actions": actions}
+    given = [name for name, value in named.items() if value is not None]
+    raise ValueError(
+        "teacher: expected either teacher_hidden and teacher_weight, or actions, got "
+        f"{' and '.join(given) or 'none of them'}"
+    )
+
+
+def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(f'"{choice}"' for choice in allowed)
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def number(name: str, value: float) -> None:
+    """Scalars of any kind, symbolic ones of the compiler too."""
+    if value is None or isinstance(value, str | Sequence):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def within(name: str, value: float, low: float, high: float) -> None:
+    number(name, value)
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}], got {value!r}")
+
+
+def positive(name: str, value: float) -> None:
+    number(name, value)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+
+
+def scale(prefix: str, temperature: float, softcap: float | None, logit_scale: float) -> Scale:
+    positive(f"{prefix}temperature", temperature)
+    positive(f"{prefix}logit_scale", logit_scale)
+    if softcap is not None:
+        positive(f"{prefix}softcap", softcap)
+    return Scale(temperature, softcap, logit_scale)
+
+
+def selection(k: int, top_p: float) -> None:
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k: expected an int, got {type(k).__name__}")
+    if k < 1:
+        raise ValueError(f"k: expected an int >= 1, got {k}")
+    number("top_p", top_p)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+
+
+def floating(name: str, x: Tensor, *, dims: int = 1) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{name}: expected float64, float32, bfloat16 or float16, got {short(x.dtype)}"
+        )
+    if x.dim() < dims:
+        raise ValueError(f"{name}: expected at least {dims} dimension, got a scalar")
+
+
+def integers(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected int32 or int64, got {short(x.dtype)}")
+
+
+def tokens(name: str, tokens: Tensor, lead: torch.Size, like: Tensor) -> None:
+    integers(name, tokens)
+    if tokens.shape != lead:
+        raise ValueError(
+            f"{name}: expected one token a position {tuple(lead)}, got {tuple(tokens.shape)}"
+        )
+    same_device(name, tokens, like)
+
+
+def set_ids(name: str, ids: Tensor, lead: torch.Size, like: Tensor) -> None:
+    integers(name, ids)
+    if ids.dim() == 0 or ids.shape[:-1] != lead:
+        raise ValueError(f"{name}: expected ({dims(lead)}k) ids, got {tuple(ids.shape)}")
+    same_device(name, ids, like)
+
+
+def action_sets(
+    actions: ActionSet, lead: torch.Size, like: Tensor, state: Tensor, check: bool
+) -> ActionSet:
+    if not isinstance(actions, ActionSet):
+        raise TypeError(f"actions: expected an ActionSet, got {type(actions).__name__}")
+    ids, log_probs, _ = actions
+    set_ids("actions", ids, lead, like)
+    floating("actions.log_probs", log_probs)
+    same_shape("actions.log_probs", log_probs, ids.shape, "actions.ids")
+    same_device("actions.log_probs", log_probs, like)
+    if check:
+        above = (ids >= 0) & state.unsqueeze(-1) & ~(log_probs <= 1e-3)  # rounding, or NaN
+        if bool(above.any()):
+            raise ValueError(
+                "actions.log_probs: expected log-probabilities, at most 0, got "
+                f"{float(log_probs[above][0]):g}"
+            )
+    return actions._replace(log_probs=log_probs.detach())
+
+
+def successor(successor: Tensor, shape: torch.Size, like: Tensor) -> None:
+    integers("successor", successor)
+    same_shape("successor", successor, shape, "the rows")
+    same_device("successor", successor, like)
+    if successor.numel() and looked_at(successor):
+        low, high = (int(x) for x in successor.aminmax())
+        if low < -2 or high >= successor.numel():
+            raise ValueError(
+                f"successor: expected rows from 0 to {successor.numel() - 1}, -1 or -2, got "
+                f"{low if low < -2 else high}"
+            )
+
+
+def same_shape(name: str, x: Tensor, shape: torch.Size, of: str) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected the shape of {of} {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def same_device(name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {x.device}")
+
+
+def same_vocabulary(name: str, teacher: int, student: int, vocab_size: int | None) -> None:
+    if vocab_size is None and teacher != student:
+        raise ValueError(
+            f"{name}: expected the student's vocabulary of {student}, got {teacher}; where they "
+            "differ by padding alone, pass vocab_size"
+        )
+
+
+def columns(name: str, logits: Tensor, vocab_size: int | None) -> Tensor:
+    if vocab_size is None or vocab_size == logits.shape[-1]:
+        return logits
+    if not 1 <= vocab_size <= logits.shape[-1]:
+        raise ValueError(
+            f"vocab_size: expected 1 to {logits.shape[-1]}, the columns of {name}, got "
+            f"{vocab_size!r}"
+        )
+    return logits[..., :vocab_size]
+
+
+def head(
+    hidden_name: str,
+    hidden: Tensor,
+    weight_name: str,
+    weight: Tensor,
+    bias_name: str,
+    bias: Tensor | None,
+    vocab_size: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    floating(hidden_name, hidden)
+    floating(weight_name, weight)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{weight_name}: expected (V, {hidden.shape[-1]}) to fit {hidden_name}, got "
+            f"{tuple(weight.shape)}"
+        )
+    same_device(weight_name, weight, hidden)
+    if bias is not None:
+        floating(bias_name, bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{bias_name}: expected ({weight.shape[0]},) to fit {weight_name}, got "
+                f"{tuple(bias.shape)}"
+            )
+        same_device(bias_name, bias, hidden)
+    # a slice of everything would cost a second gradient too
+    if vocab_size is not None and vocab_size != weight.shape[0]:
+        if not 1 <= vocab_size < weight.shape[0]:
+            raise ValueError(
+                f"vocab_size: expected 1 to {weight.shape[0]}, the rows of {weight_name}, got "
+                f"{vocab_size!r}"
+            )
+        weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    return weight, bias
+
+
+def ids_below(name: str, ids: Tensor, vocab: int, ignore_index: int | None = None) -> None:
+    if ignore_index is not None and ignore_index >= vocab:
+        ids = ids[ids != ignore_index]
+    if ids.numel() and int(ids.max()) >= vocab:
+        raise ValueError(
+            f"{name}: expected ids below the vocabulary's size {vocab}, got {int(ids.max())}"
+        )
+
+
+def distinct(name: str, ids: Tensor) -> None:
+    again = repeated(ids)
+    if bool(again.any()):
+        raise ValueError(f"{name}: expected distinct ids in a set, got {int(ids[again][0])} twice")
+
+
+def repeated(ids: Tensor) -> Tensor:
+    """bool ``(..., k)``: all but one of the slots of each id >= 0 of a row."""
+    ordered, slot = ids.sort(dim=-1)
+    again = torch.zeros_like(ids, dtype=torch.bool)
+    again[..., 1:] = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    return torch.zeros_like(again).scatter(-1, slot, again)
+
+
+def taken_held(name: str, rows: TDRows, tokens: Tensor) -> None:
+    """Refuses sets without the taken token, whose rows would drop out of the loss; a set that is
+    empty is one of which the teacher knows nothing."""
+    without = ~rows.state & (rows.ids >= 0).any(-1)
+    if bool(without.any()):
+        row = int(without.int().argmax())
+        raise ValueError(
+            f"{name}: expected sets that hold the taken tokens (include=tokens), got one without "
+            f"{int(tokens.flatten()[row])} in row {row} of {without.numel()}"
+        )
+
+
+def chances(name: str, law: Tensor) -> None:
+    fits = (law >= 0) & law.isfinite()
+    if not looked_at(law):
+        torch._assert_async(fits.all(), f"{name}: expected finite numbers >= 0, got others")
+    elif not bool(fits.all()):
+        raise ValueError(f"{name}: expected finite numbers >= 0, got {float(law[~fits][0]):g}")
+
+
+def tokens_fit(tokens: Tensor, vocab: int, ignore_index: int) -> None:
+    wrong = (tokens != ignore_index) & ((tokens < 0) | (tokens >= vocab))
+    if bool(wrong.any()):
+        raise ValueError(
+            f"tokens: expected ids from 0 to {vocab - 1}, or {ignore_index}, got "
+            f"{int(tokens[wrong][0])}"
+        )
+
+
+def usable(name: str, x: Tensor, state: Tensor | None = None) -> None:
+    bad = (x.isnan() | (x == torch.inf)).any(-1) | ~(x != -torch.inf).any(-1)
+    if state is not None:
+        bad &= state
+    if bool(bad.any()):
+        row = int(bad.flatten().int().argmax())
+        raise ValueError(
+            f"{name}: expected rows without NaN or +inf and with a finite entry, got row {row} "
+            f"of {bad.numel()} without"
+        )
+
+
+def looked_at(x: Tensor, check: bool = False) -> bool:
+    """Whether values are looked at: on request, and on a CPU, which need not be waited for."""
+    return check or (x.device.type == "cpu" and not torch.compiler.is_compiling())
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dims(lead: torch.Size) -> str:
+    return "".join(f"{size}, " for size in lead)
