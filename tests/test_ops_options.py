@@ -435,6 +435,10 @@ REFUSED = {
         "tokens: expected ids from 0 to 4, or -100, got -1",
     ),
     "loss k": (lambda: ops.td_loss(x, x, token, k=0), "k: .* got 0"),
+    "loss top_p kind": (
+        lambda: ops.td_loss(x, x, token, top_p="all"),
+        "top_p: expected a number, got 'all'",
+    ),
     "loss top_p": (lambda: ops.td_loss(x, x, token, top_p=1.5), "top_p: .* got 1.5"),
     "loss gamma": (lambda: ops.td_loss(x, x, token, gamma=1.1), "gamma: .* got 1.1"),
     "loss temperature": (
@@ -1467,7 +1471,12 @@ def test_sets_are_looked_at(linear, dense):
         (
             sets._replace(log_probs=sets.log_probs[..., :-1]),
             ValueError,
-            "log_probs: expected the sh",
+            r"actions.log_probs: expected the shape of actions.ids \(",
+        ),
+        (
+            sets._replace(log_probs=sets.log_probs.to("meta")),
+            ValueError,
+            "actions.log_probs: expected a tensor on cpu, got one on meta",
         ),
         (
             sets._replace(log_probs=sets.log_probs.int()),
@@ -1475,15 +1484,40 @@ def test_sets_are_looked_at(linear, dense):
             "actions.log_probs: expected fl",
         ),
         (nan, ValueError, "actions.log_probs: expected log-probabilities, at most 0, got nan"),
-        (sets._replace(log_probs=sets.log_probs.exp()), ValueError, "at most 0, got 0"),
+        (
+            sets._replace(log_probs=sets.log_probs.exp()),
+            ValueError,
+            "actions.log_probs: expected log-probabilities, at most 0, got 0",
+        ),
     ):
-        with pytest.raises(error, match=message):
+        with pytest.raises(error, match=f"^{message}"):
             loss(wrong, check=True)
     # a teacher has no gradient
     learns = sets.log_probs.clone().requires_grad_()
     for impl in ("auto", "reference"):
         loss(sets._replace(log_probs=learns), impl=impl).backward()
     assert learns.grad is None
+
+
+def test_what_no_member_says_is_not_looked_at():
+    """Log-probabilities of padding and of rows that are no states; those of id 0 are."""
+    # 1e-3 is what rounding may make of 0
+    log_probs = torch.tensor([[-1.0, 1e-3, 5.0], [-1.0, 5.0, 5.0]])
+    ids = torch.tensor([[1, 2, -1], [2, 3, -1]], dtype=torch.int32)
+    sets = ops.ActionSet(ids, log_probs, torch.tensor([2, 2], dtype=torch.int32))
+    ops.linear_td_loss(h, w, torch.tensor([1, -100]), actions=sets, check=True)
+    sets = sets._replace(ids=torch.tensor([[1, 2, 0], [2, 3, -1]], dtype=torch.int32))
+    with pytest.raises(ValueError, match="^actions.log_probs: .* got 5"):
+        ops.linear_td_loss(h, w, torch.tensor([1, -100]), actions=sets, check=True)
+
+
+def test_an_ignore_index_above_the_vocabulary(dense, linear):
+    student, teacher, tokens = dense
+    outside = tokens.where(tokens != -100, V)
+    for op, given in ((ops.td_loss, (student, teacher)), (ops.linear_td_loss, ())):
+        options = {} if given else linear
+        plain = op(*given, tokens=tokens, **options).loss
+        assert torch.equal(op(*given, tokens=outside, ignore_index=V, **options).loss, plain)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
