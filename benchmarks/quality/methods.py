@@ -174,8 +174,9 @@ def published(
 def iq_whole(
     student: Tensor, teacher: Tensor, tokens: Tensor, successor: Tensor, *, alpha: float
 ) -> Tensor:
-    """IQ-Learn's chi2 over the whole vocabulary, which asks no number of a teacher: cross-entropy
-    and a square of the reward that the logits imply (arXiv 2409.01369)."""
+    """IQ-Learn's chi2 over the whole vocabulary: cross-entropy and a square of the reward that the
+    logits imply (arXiv 2409.01369). It asks nothing of the teacher, whose logits a dense loss gets
+    all the same: no time of it is told."""
     q = student.gather(-1, tokens[:, None]).squeeze(-1)
     v = student.logsumexp(-1)
     reward = torch.where(successor == -2, 0.0, q - ops.td_target(v, successor, gamma=GAMMA))
@@ -369,7 +370,7 @@ def with_extras(name: str) -> Method:
         except ValueError as error:
             raise SystemExit(
                 f"method: expected one of {', '.join(METHODS)}, one of gradients.py, or the text "
-                f"of an objective, +top5, +gamma0, +taken, +value, +ema, +lm or not, "
+                "of an objective, +top5, +gamma0, +taken, +value, +ema, +lm or not, "
                 f"got {name} ({error})"
             ) from error
     words = f"{plain}, the taken token alone" if taken else method.words
