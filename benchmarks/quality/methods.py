@@ -208,10 +208,12 @@ class Ahead(Objective):
         return -ahead * q
 
 
-def bellman_distill(student: Tensor, teacher: Tensor, tokens: Tensor, successor: Tensor) -> Tensor:
+def bellman_distill(
+    student: Tensor, teacher: Tensor, tokens: Tensor, successor: Tensor, *, chi2: bool = True
+) -> Tensor:
     """What the authors train with beside the LM loss: their TD loss and forward KL."""
     given = student, teacher, tokens, successor
-    return published(*given) + full_kl(*given)
+    return published(*given, chi2=chi2) + full_kl(*given)
 
 
 KL = ForwardKL(tail=True)
@@ -252,6 +254,9 @@ METHODS: dict[str, Method] = {
         "the authors' code without chi2", dense=partial(published, chi2=False)
     ),
     "published-kd": Method("the authors' code + forward KL", dense=bellman_distill),
+    "published-identity-kd": Method(
+        "the authors' code without chi2 + forward KL", dense=partial(bellman_distill, chi2=False)
+    ),
     "soft-td": Method("soft TD regression, one step", SoftTD(huber=1.0)),
     "iq-whole": Method(
         "IQ-Learn chi2, whole vocabulary, raw logits, alpha 10", dense=partial(iq_whole, alpha=10.0)
