@@ -231,7 +231,7 @@ def options_of(description: str | None) -> argparse.ArgumentParser:
         help="names of methods.py, or texts of objectives; +value adds a value head, +ema a target "
         "network, +lm the LM loss",
     )
-    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4])
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--starts", nargs="+", choices=["cold", WARM], default=[WARM])
     parser.add_argument("--steps", type=int, default=40)
@@ -242,9 +242,9 @@ def options_of(description: str | None) -> argparse.ArgumentParser:
         "--looks", type=int, default=5, help="times that a run is judged on its way"
     )
     parser.add_argument("--teacher", choices=["cache", "live"], default="cache")
-    parser.add_argument("--warm-steps", type=int, default=60)
+    parser.add_argument("--warm-steps", type=int, default=80)
     parser.add_argument("--warm-rate", type=float, default=1e-3)
-    parser.add_argument("--batch", type=int, default=16, help="sequences a step")
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step")
     parser.add_argument("--examples", type=int, default=640)
     parser.add_argument("--dev", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=32, help="of each evaluation set")
