@@ -200,7 +200,7 @@ POINTERS = {
     "level_ptr": "fp32",
     "total_ptr": "fp32",
     "weight_ptr": "fp32",
-    "sums_ptr": "fp32",
+    "sums_ptr": "fp64",
     "z_ptr": "fp32",
     "log_probs_ptr": "fp32",
     "log_mass_ptr": "fp32",

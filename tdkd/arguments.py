@@ -33,6 +33,13 @@ def number(name: str, value: float) -> None:
     """Scalars of any kind, symbolic ones of the compiler too."""
     if value is None or isinstance(value, str | Sequence):
         raise TypeError(f"{name}: expected a number, got {value!r}")
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise TypeError(
+                f"{name}: expected a number, got a tensor of shape {tuple(value.shape)}"
+            )
+        if value.requires_grad:  # kernels take it as a constant
+            raise TypeError(f"{name}: expected a constant, got a tensor that requires a gradient")
 
 
 def within(name: str, value: float, low: float, high: float) -> None:

@@ -113,7 +113,7 @@ def select_actions(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, or shapes do not fit.
-        RuntimeError: an id is >= V that nobody looked at (``check``).
+        RuntimeError: an id is >= V that nobody looked at (``check``); on a GPU NaN in its place.
         NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
 
     >>> actions = select_actions(torch.tensor([[0.0, 3.0, 1.0, 3.0]]), k=3, top_p=0.9)
@@ -161,7 +161,7 @@ def gather_q(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: leading dims differ, an option is out of range, or (``check``) an id is >= V.
-        RuntimeError: an id is >= V that nobody looked at (``check``).
+        RuntimeError: an id is >= V that nobody looked at (``check``); on a GPU NaN in its place.
         NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
     _check.floating("logits", logits)
@@ -275,7 +275,7 @@ def td_target(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes differ, or ``gamma`` or ``lam`` is outside [0, 1].
-        RuntimeError: the successors go in a circle (the reference does not look).
+        RuntimeError: the successors go in a circle (on a CPU; the reference does not look).
         NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
     _check.floating("value", value, dims=0)
@@ -710,6 +710,8 @@ def batch_vocabulary(
             too small.
         RuntimeError: on a GPU, asynchronously, in place of the last three.
     """
+    if not isinstance(actions, ActionSet):
+        raise TypeError(f"actions: expected an ActionSet, got {type(actions).__name__}")
     if vocab_size < 1:
         raise ValueError(f"vocab_size: expected a number >= 1, got {vocab_size!r}")
     if extra < 0:
@@ -987,7 +989,7 @@ def _columns_of_batch(
 def _all_states(state: Tensor) -> bool:
     """Whether no row has to be masked, which spares a copy; False where asking would cost a host
     sync."""
-    return not (state.is_cuda or torch.compiler.is_compiling()) and bool(state.all())
+    return state.device.type == "cpu" and not torch.compiler.is_compiling() and bool(state.all())
 
 
 def _tell(route: str, hidden: Tensor, weight: Tensor) -> None:
@@ -1145,6 +1147,8 @@ def _divisor(
                 f"{tuple(num_items_in_batch.shape)}"
             )
         num_items_in_batch = num_items_in_batch.reshape(())
+        if _check.looked_at(num_items_in_batch):
+            _check.within("num_items_in_batch", num_items_in_batch.item(), 0, float("inf"))
         return torch.where(num_items_in_batch == 0, torch.inf, num_items_in_batch)
     _check.within("num_items_in_batch", num_items_in_batch, 0, float("inf"))
     return num_items_in_batch or torch.inf

@@ -413,15 +413,26 @@ def verify(
             yield finding
 
 
+def known_device(device: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        UserError: torch has no such device here.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"device: expected one of this machine, got {device}: {reason}") from error
+
+
 def backend_of(device: str) -> str:
     """The kernels' name on a device.
 
     Raises:
         UserError: the device is not there, or has no kernels.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: expected cpu, for torch sees no GPU here, got cuda")
-    missing = backends.why_not(torch.empty(0, device=device))
+    missing = backends.why_not(torch.empty(0, device=known_device(device)))
     if missing is not None:
         raise UserError(f"device: expected one with kernels, got {device}: {missing}")
     return f"C++ {backends.capability()}" if device == "cpu" else "Triton"

@@ -34,7 +34,7 @@ from tdkd.errors import UserError
 from tdkd.objectives import Objective, ObjectiveLike, as_objective, parse
 from tdkd.td_rows import TDRows
 from tdkd.types import Rows
-from tdkd.verify import Finding
+from tdkd.verify import Finding, known_device
 
 SAME = {"rtol": 1e-9, "atol": 1e-11}
 """Float64 sums in another order."""
@@ -382,11 +382,7 @@ def verify_objective(
     Raises:
         UserError: torch has no such device here.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"device: expected one of this machine, got {device}: {reason}") from error
+    known_device(device)
     objective = as_objective(objective)
     # which the ops refuse beside it
     target = not objective.starts

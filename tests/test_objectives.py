@@ -7,6 +7,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -687,6 +688,9 @@ TEXTS = {
     "IQLearn(alfa=1)": "objective: expected options of IQLearn \\(phi, alpha, .*got alfa$",
     "IQLearn(alpha=-1)": "objective: in IQLearn\\(alpha=-1\\): alpha: expected a finite number > 0",
     "IQLearn(alpha='1')": "alpha: expected a finite number > 0, got '1'",
+    "1e999 * JSD()": "expected a number times an objective, got 1e309 \\* JSD",
+    "JSD({[]: 1})": "expected a number, a string, True, False or None as an option",
+    "{[]: 1} * JSD()": "expected a number times an objective",
     "IQLearn(alpha=1e999)": "alpha: expected a finite number > 0, got inf",
     "IQLearn(alpha=open('x'))": "expected a number, a string, True, False or None .*got open",
     "JSD(**{'beta': 1})": "expected options of JSD \\(beta, tail\\), got \\*\\*",
@@ -718,6 +722,16 @@ def test_a_wrong_text_is_named(text):
     with pytest.raises(ValueError, match=TEXTS[text]) as caught:
         parse(text)
     assert "\n" not in str(caught.value)
+
+
+def test_a_weight_is_a_number_or_a_tensor_and_is_told():
+    assert repr(np.float32(0.5) * ForwardKL()) == "0.5 * ForwardKL(tail=False)"
+    assert repr(torch.nn.Parameter(torch.full((1,), 0.5)) * JSD()).startswith("0.5 * JSD(")
+    assert repr(torch.ones(2) * JSD()).startswith("tensor([1., 1.]) * JSD(")
+    assert IQLearn(alpha=np.float32(0.5)).alpha == 0.5
+    for other in (JSD(), None):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            ForwardKL() * other
 
 
 # Documentation

@@ -551,6 +551,22 @@ REFUSED = {
         ),
         "vocabulary: expected every member .* id 2 is not in it",
     ),
+    "a temperature that learns": (
+        lambda: ops.gather_q(x, some, temperature=torch.ones((), requires_grad=True)),
+        "temperature: expected a constant, got a tensor that requires a gradient",
+    ),
+    "a temperature of each row": (
+        lambda: ops.gather_q(x, some, temperature=torch.ones(2)),
+        r"temperature: expected a number, got a tensor of shape \(2,\)",
+    ),
+    "items below 0": (
+        lambda: ops.linear_td_loss(h, w, token, num_items_in_batch=torch.tensor(-3), **LIVE),
+        r"num_items_in_batch: expected a number in \[0, inf\], got -3",
+    ),
+    "vocabulary of a tensor": (
+        lambda: ops.batch_vocabulary(SETS.ids, 5),
+        "actions: expected an ActionSet, got Tensor",
+    ),
     "vocabulary of nothing": (lambda: ops.batch_vocabulary(SETS, 0), "vocab_size: .* got 0"),
     "vocabulary capacity": (
         lambda: ops.batch_vocabulary(SETS, 5, capacity=0),
@@ -1323,6 +1339,7 @@ def test_head_rows_exist_for_a_few_positions_at_a_time(monkeypatch):
 
 def test_routes_are_told_for_a_cpu_unless_asked():
     assert ops.routes() == ops.routes("cpu") != ops.routes("cuda")
+    assert ops.routes("mps") == ops.routes("cuda")
     assert "k head rows" in ops.routes()
 
 

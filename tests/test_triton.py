@@ -229,6 +229,29 @@ def test_a_sure_student_keeps_its_tail():
     torch.testing.assert_close(rest.cpu(), torch.tensor([-60.0]) + torch.tensor(399.0).log())
 
 
+@pytest.mark.parametrize("suppressed", [-1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("columns", [slice(0, 1), slice(0, 300), slice(64, 700)], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_finite_mask_costs_the_rest_nothing(weighted, columns, suppressed):
+    """A large negative number in place of -inf, as generation has for tokens it suppresses."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 700, generator=generator) * 3
+    logits[:, columns] = suppressed
+    ids = torch.tensor([[0, 5, 699], [1, 320, -1], [63, 64, 65]], device=DEVICE)
+    log_weight = torch.randn(700, generator=generator).to(DEVICE) if weighted else None
+
+    def run(function, dtype):
+        leaf = logits.to(DEVICE, dtype, copy=True).requires_grad_()
+        log_rest = function(leaf, ids, Scale(), log_weight=log_weight).log_rest
+        log_rest.sum().backward()
+        return log_rest.detach().double(), leaf.grad.double()
+
+    got = run(student_rows, torch.float32)
+    exact = run(student_rows_reference.student_rows, torch.float64)
+    torch.testing.assert_close(got[0], exact[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(got[1], exact[1], rtol=1e-5, atol=1e-12)
+
+
 @pytest.mark.parametrize("level", [-3000.0, 1000.0])
 def test_gradients_do_not_carry_the_rounding_of_the_level(level):
     q = (torch.tensor([[0.0, 0.0, -1.0, 2.5]], device=DEVICE) + level).requires_grad_()
@@ -275,9 +298,10 @@ def test_an_id_that_is_no_column_gives_nan_and_touches_nothing():
     assert grad.count_nonzero() == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("level", ["log_prob", "logit"])
 @pytest.mark.parametrize("tail", [True, False])
-def test_the_forward_kl_of_rows_in_one_launch(tail, level):
+def test_the_forward_kl_of_rows_in_one_launch(tail, level, dtype):
     """As the operators that it stands for, with their gradient; padded sets, rows that are no
     states, a set without a tail, teachers that exclude members."""
     generator = torch.Generator().manual_seed(0)
@@ -288,6 +312,7 @@ def test_the_forward_kl_of_rows_in_one_launch(tail, level):
     tokens[7] = 9  # which its teacher excludes
     taken = torch.where(tokens < 0, -1, tokens)
     actions = ops.select_actions(teacher, 20, 0.95, include=taken, impl="reference")
+    actions = actions._replace(log_probs=actions.log_probs.to(dtype))
     options = dict.fromkeys(("successor", "target_value", "state_value", "expert_weight"))
     rows = ops._td_rows(
         ops.ActionSet(*(x.to(DEVICE) for x in actions)),

@@ -121,6 +121,7 @@ def test_the_json_holds_every_line(tmp_path):
         ({"dtype": ["int8"]}, "dtype: expected one of float32, .*got int8"),
         ({"cases": 0}, "cases: expected a number >= 1, got 0"),
         ({"device": "meta"}, "device: expected one with kernels, got meta"),
+        ({"device": "abacus"}, "device: expected one of this machine, got abacus: "),
     ],
 )
 def test_what_it_refuses(options, message):

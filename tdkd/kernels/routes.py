@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 Way = Literal["gather", "products", "batch", "exact"]
 
 BATCH_ROWS = {"cpu": 140, "cuda": 300}
-"""Rows whose products cost as much as gathering a column, and spreading its gradient, does."""
+"""Rows whose products cost as much as gathering a column, and spreading its gradient, does. Other
+accelerators count as a GPU of CUDA, unmeasured."""
 BATCH_BELOW = 0.4
 """M / V below which M gathered columns cost less than all, however few the rows."""
 BOUND_BELOW = 0.25
@@ -74,7 +75,7 @@ def gathers(device: str, k: int, columns: int, width: int, rows: int) -> bool:
 
 def batch_below(device: str, rows: int) -> float:
     """M / V below which M gathered columns cost less than all of them."""
-    return max(BATCH_BELOW, rows / (rows + BATCH_ROWS[device]))
+    return max(BATCH_BELOW, rows / (rows + BATCH_ROWS.get(device, BATCH_ROWS["cuda"])))
 
 
 def pays(device: str, held: int, columns: int, rows: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 
 import torch
@@ -41,6 +42,8 @@ class Objective:
         return Weighted([*_terms(other), *_terms(self)]) if callable(other) else NotImplemented
 
     def __mul__(self, weight: float) -> Objective:
+        if not isinstance(weight, numbers.Real | Tensor):
+            return NotImplemented
         return Weighted([(weight * w, objective) for w, objective in _terms(self)])
 
     __rmul__ = __mul__
@@ -83,7 +86,13 @@ class Weighted(Objective):
         return total
 
     def __repr__(self) -> str:
-        return " + ".join(f"{weight:g} * {objective!r}" for weight, objective in self.terms)
+        return " + ".join(f"{_told(weight)} * {term!r}" for weight, term in self.terms)
+
+
+def _told(weight: object) -> str:
+    if isinstance(weight, Tensor) and weight.numel() == 1:
+        weight = weight.item()
+    return f"{weight:g}" if isinstance(weight, numbers.Real) else repr(weight)
 
 
 class _Function(Objective):
@@ -155,7 +164,7 @@ def positive(name: str, value: object) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 ObjectiveLike = Objective | Callable[[Rows], Tensor]

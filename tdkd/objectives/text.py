@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 
 from tdkd.objectives import imitation, inverse, soft_td
 from tdkd.objectives.base import Objective
@@ -88,16 +89,16 @@ def _objective(node: ast.expr) -> Objective:
 def _number(node: ast.expr) -> float | None:
     try:
         value = ast.literal_eval(node)
-    except ValueError:
+    except (TypeError, ValueError):
         return None
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if known else None
+    return value if known and math.isfinite(value) else None
 
 
 def _literal(node: ast.expr) -> object:
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(
             f"objective: expected a number, a string, True, False or None as an option, got "
             f"{_text(node)}"

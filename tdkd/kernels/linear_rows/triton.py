@@ -111,12 +111,14 @@ def forward_kl(
     loss, q, value, entropy, log_mass, nothing = z.new_zeros(6, count)
     grad_z, grad_rest = torch.empty_like(z), torch.empty_like(rest)
     if count:
+        half = rows.log_probs.element_size() == 2
+        log_probs = rows.log_probs.float() if half else rows.log_probs
         block = triton.next_power_of_2(max(k, 16))
         with on_device(z):
             _forward_kl[(count,)](
                 z.contiguous(),
                 rest.contiguous(),
-                rows.log_probs.contiguous(),
+                log_probs.contiguous(),
                 rows.slot.contiguous(),
                 rows.state.contiguous(),
                 factor,

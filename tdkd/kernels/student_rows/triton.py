@@ -43,23 +43,15 @@ def _levels(
 
 
 @triton.jit
-def _center(x_ptr, slope, inner, outer, CAPPED: tl.constexpr, HAS_WEIGHT: tl.constexpr):
-    """The level of a row: its first element. Sums are stored relative to it, since the rounding of
-    a level of 1000 would be an error of 3e-5 in every weight."""
-    v = tl.load(x_ptr).to(tl.float32)
-    if CAPPED or HAS_WEIGHT:
-        v = scaled(v, slope, inner, outer, CAPPED)
-    return tl.where(tl.abs(v) < float("inf"), v, 0.0)
-
-
-@triton.jit
-def _group_sums(v, center, slope_log2e):
-    """logsumexp over axis 1 in the units of v, relative to center; -inf where all are."""
+def _group_sums(v, slope_log2e):
+    """logsumexp over axis 1 in the units of v; -inf where all are. In float64, since the rounding
+    of a level of 1000 would be an error of 3e-5 in every weight, and relative to no element: any
+    one may be a large negative number that suppresses its token."""
     top = tl.max(v, 1)
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp2((v - top[:, None]) * slope_log2e), 1)
-    above = (top - center) + tl.log2(total) * (1.0 / slope_log2e)
-    return tl.where(total == 0.0, float("-inf"), above)
+    above = tl.log2(total) * (1.0 / slope_log2e)
+    return tl.where(total == 0.0, float("-inf"), top.to(tl.float64) + above.to(tl.float64))
 
 
 @triton.jit
@@ -95,7 +87,6 @@ def _stream(
         end = tl.where(tl.load(state_ptr + row) != 0, end, begin)
     x_ptr += row_base(row, inner_rows, outer_stride, stride)
     sums_ptr += row.to(tl.int64) * groups
-    center = _center(x_ptr, slope, inner, outer, CAPPED, HAS_WEIGHT)
     columns = tl.arange(0, TILE)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     tile = tl.arange(0, TILE)
 
@@ -104,14 +95,14 @@ def _stream(
         v = tl.load(x_ptr + first + columns).to(tl.float32)
         weights = weight_ptr + first + columns
         v = _levels(v, weights, first + columns < end, slope, inner, outer, CAPPED, HAS_WEIGHT)
-        tl.store(sums_ptr + first // GROUP + tile, _group_sums(v, center, slope_log2e))
+        tl.store(sums_ptr + first // GROUP + tile, _group_sums(v, slope_log2e))
     if whole < end:
         inside = whole + columns < end
         v = tl.load(x_ptr + whole + columns, mask=inside, other=float("-inf")).to(tl.float32)
         weights = weight_ptr + whole + columns
         v = _levels(v, weights, inside, slope, inner, outer, CAPPED, HAS_WEIGHT)
         here = whole // GROUP + tile
-        tl.store(sums_ptr + here, _group_sums(v, center, slope_log2e), mask=here < groups)
+        tl.store(sums_ptr + here, _group_sums(v, slope_log2e), mask=here < groups)
 
 
 @triton.jit
@@ -154,7 +145,6 @@ def _finish(
     wide = row.to(tl.int64)
     x_ptr += row_base(row, inner_rows, outer_stride, stride)
     sums_ptr += wide * groups
-    center = _center(x_ptr, slope, inner, outer, CAPPED, HAS_WEIGHT)
     order_ptr += wide * K
     members_ptr += wide * K
 
@@ -192,15 +182,15 @@ def _finish(
         v = tl.load(x_ptr + column, mask=wanted, other=float("-inf")).to(tl.float32)
         weights = weight_ptr + column
         v = _levels(v, weights, wanted, slope, inner, outer, CAPPED, HAS_WEIGHT)
-        tl.store(sums_ptr + here, _group_sums(v, center, slope_log2e), mask=last)
+        tl.store(sums_ptr + here, _group_sums(v, slope_log2e), mask=last)
     tl.debug_barrier()
 
     g = tl.arange(0, GROUPS)
     sums = tl.load(sums_ptr + g, mask=g < groups, other=float("-inf"))
     top = tl.max(sums, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2((sums - top) * slope_log2e), 0)
-    log_rest = (center.to(tl.float64) + top) * unit + tl.log(total.to(tl.float64))
+    total = tl.sum(tl.exp2((sums - top).to(tl.float32) * slope_log2e), 0)
+    log_rest = top * unit + tl.log(total.to(tl.float64))
     tl.store(log_rest_ptr + row, tl.where(total == 0.0, float("-inf"), log_rest))
 
 
@@ -332,7 +322,7 @@ def student_rows(
     splits, chunk = split(n, vocab, launch.block, device)
     groups = triton.cdiv(vocab, GROUP)
     block_k = triton.next_power_of_2(max(k, 16))
-    sums = torch.empty(n, groups, dtype=torch.float32, device=device)
+    sums = torch.empty(n, groups, dtype=torch.float64, device=device)
     order = torch.empty(n, block_k, dtype=torch.int32, device=device)
     members = torch.empty(n, block_k, dtype=torch.int64, device=device)
     weight = sums if log_weight is None else log_weight.contiguous()
@@ -393,8 +383,8 @@ def student_rows(
 
 
 def finish_warps(block_k: int, block_groups: int) -> int:
-    """Warps such that a thread holds at most 32 groups and 8 ids."""
-    return max(1, min(16, max(4 * block_k, block_groups) // 1024))
+    """Warps such that a thread holds at most 16 groups and 4 ids."""
+    return max(1, min(16, max(4 * block_k, block_groups) // 512))
 
 
 def student_rows_backward(
