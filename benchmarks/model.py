@@ -84,7 +84,7 @@ def costs(
     # a slot's group is read again; 16 slots at a time
     a_row = finish["warps"] * (finish["instructions"] + k / 16 * finish["longest_loop"])
     found["student, forward"] = Cost(
-        logits + rows * (8 * sums + k * GROUP * size + 20 * k),
+        logits + rows * (16 * sums + k * GROUP * size + 20 * k),
         logits + rows * 8 * k,
         of("student_stream")["instructions_a_logit"] * rows * vocab / 32 + rows * a_row,
     )

@@ -1,7 +1,7 @@
 """Folders that appear whole or not at all, and what is wrong with a checkpoint that is not whole.
 
-A folder is written in ``unfinished`` beside its place, brought to disk, and renamed. A process that
-dies leaves ``unfinished`` behind, which the next run clears.
+A folder is written in ``.tdkd-unfinished`` beside its place, brought to disk, and renamed. A
+process that dies leaves ``.tdkd-unfinished`` behind, which the next run clears.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ try:
 except ModuleNotFoundError as error:
     raise missing(error) from error
 
-UNFINISHED = "unfinished"
+UNFINISHED = ".tdkd-unfinished"
 BEFORE = "before-"
 STATE = "trainer_state.json"
 # what a run in one process needs to go on as if nothing had happened
@@ -63,7 +63,8 @@ def writing(output: Path) -> Iterator[None]:
 
 
 def publish(output: Path, name: str) -> None:
-    """Moves ``unfinished/<name>`` to its place; what is there already goes when the new one is."""
+    """Moves ``.tdkd-unfinished/<name>`` to its place; what is there already goes when the new one
+    is."""
     staging = output / UNFINISHED
     for path in staging.rglob("*"):
         _to_disk(path)
@@ -75,7 +76,7 @@ def publish(output: Path, name: str) -> None:
 
 
 def discard(output: Path, name: str) -> None:
-    """Removes a folder by way of ``unfinished``, so that no part of it stays under its name."""
+    """Removes a folder by way of ``.tdkd-unfinished``: no part of it stays under its name."""
     staging = output / UNFINISHED
     staging.mkdir(exist_ok=True)
     os.replace(output / name, staging / name)

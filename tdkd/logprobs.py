@@ -267,7 +267,7 @@ class _Reader:
     def _chat(self, messages: list[records.Record], place: str, **options: bool) -> list[int]:
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
             raise UserError(
                 f"{ARGUMENT}: expected messages that the chat template takes {place}, got "
                 f"{type(error).__name__}: {error}"

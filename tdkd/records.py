@@ -160,6 +160,8 @@ def check_output(path: Path) -> None:
     check_directory(path.parent, "output", expected)
     if path.is_dir():
         raise UserError(f"output: expected a file to write, got the directory {path}")
+    if path.exists() and not path.is_file():  # which a file would take the place of
+        raise UserError(f"output: expected a regular file to write, got {path}")
     if path.exists():
         with _refusing("output", expected), path.open("ab"):
             pass

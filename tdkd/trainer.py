@@ -169,7 +169,7 @@ class TDTrainer(SFTTrainer):
         if self._cache is not None:
             self._read(self._cache, lm_head(student))
         elif self.objective is not None:
-            self.teacher = self._prepared_teacher(teacher_model, lm_head(student), args)
+            self.teacher = self._prepared_teacher(teacher_model, student, args)
         if self.objective is not None:
             rule = ops.routes(self.accelerator.device.type)
             logger.info("heads: normaliser %s; %s", args.normaliser, rule)
@@ -228,12 +228,19 @@ class TDTrainer(SFTTrainer):
         for given in (self.train_dataset, self.eval_dataset):
             for dataset in given.values() if isinstance(given, dict) else [given]:
                 if dataset is not None:
+                    first = next(iter(dataset), None)
+                    if first is None:
+                        raise UserError(
+                            "train_file: expected at least one example, got none that max_length "
+                            f"({self.args.max_length}) leaves an answer of"
+                        )
                     # says at once where examples are of another origin
-                    collator([next(iter(dataset))])
+                    collator([first])
 
     def _prepared_teacher(
-        self, given: str | Path | PreTrainedModel | None, student: Head, args: TDConfig
+        self, given: str | Path | PreTrainedModel | None, student: nn.Module, args: TDConfig
     ) -> nn.Module:
+        head = lm_head(student)
         given = args.teacher_model_name_or_path if given is None else given
         if given is None:
             raise UserError(
@@ -243,13 +250,18 @@ class TDTrainer(SFTTrainer):
         if isinstance(given, str | Path):
             teacher = load_model(
                 given,
-                dtype=student.weight.dtype,
+                dtype=head.weight.dtype,
                 device=self.accelerator.device if self._whole else "cpu",
                 argument="teacher_model_name_or_path",
             )
         else:
             teacher = given
-        sizes = student.weight.shape[0], lm_head(teacher).weight.shape[0]
+            if {*map(id, teacher.parameters())} & {*map(id, student.parameters())}:
+                raise UserError(
+                    "teacher_model: expected weights of its own, got some that the student learns; "
+                    "give a copy"
+                )
+        sizes = head.weight.shape[0], lm_head(teacher).weight.shape[0]
         if sizes[0] != sizes[1] and args.vocab_size is None:
             raise UserError(
                 f"teacher_model: expected the student's vocabulary of {sizes[0]}, got {sizes[1]}; "

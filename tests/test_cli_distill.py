@@ -235,3 +235,39 @@ def test_useless_data_is_one_line(setting, tmp_path, monkeypatch, capsys, conten
         cli.main()
     assert stopped.value.code == 2
     assert "train_file: expected" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("content", ["chat", "text"])
+def test_dates_are_text_and_names_are_no_patterns(tmp_path, tiny_student, content):
+    def record(text):
+        if content == "text":
+            return {"prompt": "when?", "completion": text}
+        return {
+            "prompt": [{"role": "user", "content": "when?"}],
+            "completion": [{"role": "assistant", "content": text}],
+        }
+
+    for name, text in (("run1", "another"), ("run[1]", "2024-01-02")):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps(record(text)) + "\n"] * 3
+        (tmp_path / name / "data.jsonl").write_text("".join(lines))
+    data = str(tmp_path / "run[1]" / "data.jsonl")
+    loaded = distill.load_data(data, "train_file", load_tokenizer(tiny_student), 64)
+    assert list(loaded) == [record("2024-01-02")] * 3
+
+
+def test_a_checkpoint_of_the_model_alone_is_not_resumed(setting):
+    path, _ = setting
+    distill.run([str(path), "--save_only_model", "true"])
+    with pytest.raises(UserError, match="resume: expected false with save_only_model"):
+        distill.run([str(path), "--save_only_model", "true", "--max_steps", "3"])
+    distill.run([str(path), "--save_only_model", "true", "--resume", "false"])
+
+
+def test_a_folder_of_the_users_own_is_left_alone(setting, tmp_path):
+    path, _ = setting
+    notes = tmp_path / "out" / "unfinished" / "notes"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    distill.run([str(path), "--max_steps", "1"])
+    assert notes.read_text() == "mine"

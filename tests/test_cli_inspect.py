@@ -190,6 +190,7 @@ def test_the_command(tiny_teacher, tmp_path, capsys):
         ({"teacher_temperature": 0.0}, "teacher-temperature: expected a number > 0, got 0.0"),
         ({"vocab_size": 10**6}, "vocab-size: expected 1 to .*columns of the teacher, got 1000000"),
         ({"gamma": 2.0}, r"gamma: expected a number in \[0, 1\], got 2.0"),
+        ({"output": "stats.png"}, "output: expected a file of JSON, .*got stats.png"),
         ({"max_k": 0}, "max-k: expected a number >= 1, got 0"),
         ({"max_length": 3}, "data: expected responses within max-length 3, got none"),
     ],

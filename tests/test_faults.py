@@ -219,6 +219,13 @@ def test_a_student_that_finds_no_room_is_not_left_in_part(
     assert outcome(tmp_path / "out") == expected  # the student of the first run
 
 
+def test_an_output_takes_the_place_of_no_device(tmp_path):
+    """/dev/null is one; a file would be put in its place."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"output: expected a regular file to write, got .*pipe"):
+        records.check_output(tmp_path / "pipe")
+
+
 # What a process leaves that dies
 
 
@@ -239,7 +246,7 @@ def test_distill_goes_on_after_it_died_inside_a_checkpoint(
         patch.setattr(TDTrainer, name, die)
         assert call(monkeypatch, capsys, *distilling, out)[0] == 130
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == [
-        "checkpoint-1", "unfinished",
+        ".tdkd-unfinished", "checkpoint-1",
     ]  # fmt: skip
     assert call(monkeypatch, capsys, *distilling, out)[0] == 0
     assert outcome(out) == outcome(tmp_path / "one")
@@ -276,7 +283,7 @@ def test_what_was_about_to_be_replaced_comes_back(tmp_path):
 
 
 def test_the_new_one_stays_where_both_are_there(tmp_path):
-    for name, text in (("unfinished/before-final", "old"), ("final", "new")):
+    for name, text in ((".tdkd-unfinished/before-final", "old"), ("final", "new")):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "model").write_text(text)
     checkpoints.clear(tmp_path)
@@ -284,7 +291,7 @@ def test_the_new_one_stays_where_both_are_there(tmp_path):
 
 
 def test_a_folder_replaces_the_one_before(tmp_path):
-    for name, text in (("unfinished/final", "new"), ("final", "old")):
+    for name, text in ((".tdkd-unfinished/final", "new"), ("final", "old")):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "model").write_text(text)
     checkpoints.publish(tmp_path, "final")
@@ -293,13 +300,13 @@ def test_a_folder_replaces_the_one_before(tmp_path):
 
 
 def test_the_one_before_comes_back_where_there_is_no_room_for_the_new_one(tmp_path, monkeypatch):
-    for name, text in (("unfinished/final", "new"), ("final", "old")):
+    for name, text in ((".tdkd-unfinished/final", "new"), ("final", "old")):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "model").write_text(text)
     real = os.replace
 
     def full(source, target):
-        if source == tmp_path / "unfinished" / "final":
+        if source == tmp_path / ".tdkd-unfinished" / "final":
             raise OSError(28, "No space left on device")
         real(source, target)
 

@@ -46,8 +46,8 @@ def test_a_checkpoint_that_is_being_written_is_seen(tmp_path):
     assert kill.being_written(tmp_path) == whole
     (whole / "trainer_state.json").write_text("{}")
     assert kill.being_written(tmp_path) is None
-    (tmp_path / "unfinished").mkdir()
-    assert kill.being_written(tmp_path) == tmp_path / "unfinished"
+    (tmp_path / ".tdkd-unfinished").mkdir()
+    assert kill.being_written(tmp_path) == tmp_path / ".tdkd-unfinished"
 
 
 def test_results_know_the_clock_from_the_run(tmp_path):

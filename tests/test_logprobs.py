@@ -211,12 +211,13 @@ def test_lines_that_cannot_be_used_are_left_out(tmp_path, tokenizer, served):
         good,
         '{"prompt": "torn',
         {"prompt": [{"role": 1}], **chat(served, by_id)},
+        {"prompt": [70, 71], **chat(served, by_id)},
         good,
     ]
     assert len(read(tmp_path, tokenizer, *lines, left=left)) == 2
-    assert left.answers == 3
+    assert left.answers == 4
     assert "expected choices with logprobs of tokens on line 1 of" in str(left)
-    assert str(left).startswith("3 answers left out, the first since served: expected")
+    assert str(left).startswith("4 answers left out, the first since served: expected")
     assert logprobs.model_name(tmp_path / "served.jsonl") == "big"
     with pytest.raises(UserError, match=r"expected JSON on line 1 of .*; no answer of the file"):
         read(tmp_path, tokenizer, lines[2], lines[0])

@@ -604,10 +604,13 @@ def test_missing_teacher_and_other_vocabulary_are_refused(tmp_path, tiny_teacher
 
 def test_what_the_trainer_has_no_use_for_is_refused(tmp_path, tiny_teacher, tiny_student):
     student, teacher = load_model(tiny_student), load_model(tiny_teacher)
+    sharing = load_model(tiny_student)
+    sharing.model.norm = student.model.norm
     options = {
         "train_dataset": conversations(), "processing_class": load_tokenizer(tiny_student),
     }  # fmt: skip
     for message, given in (
+        ("teacher_model: expected weights of its own", {"teacher_model": sharing}),
         ("compute_metrics: expected None", {"compute_metrics": lambda prediction: {}}),
         ("compute_loss_func: expected None", {"compute_loss_func": lambda *given: 0}),
         ("teacher_model: expected another model", {"teacher_model": student}),
@@ -672,7 +675,7 @@ def test_two_processes_equal_one(tmp_path, tiny_teacher, tiny_student):
         torch.testing.assert_close(got, expected.detach(), rtol=1e-4, atol=1e-6)
     saved = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json", "optimizer.pt"} <= saved
-    assert not (tmp_path / "unfinished").exists()
+    assert not (tmp_path / ".tdkd-unfinished").exists()
 
 
 def test_objective_of_the_config(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -68,6 +69,11 @@ def run(args: list[str]) -> None:
         checkpoints.clear(output)
     last = checkpoints.last(output) if data.resume else None
     if last is not None:
+        if config.save_only_model:
+            raise UserError(
+                f"resume: expected false with save_only_model, which left in {last} no state to go "
+                "on from, got true"
+            )
         checkpoints.check(last, checkpoints.NEEDED if _alone(config) else [checkpoints.STATE])
     tokenizer = load_tokenizer(model.model_name_or_path, argument="model_name_or_path")
     train = held_out = None
@@ -181,7 +187,7 @@ def save_whole(trainer: TDTrainer, tokenizer: PreTrainedTokenizerBase, output: P
 def _alone(config: TDConfig) -> bool:
     """Whether checkpoints hold all that one process needs, under the names of the Trainer."""
     sharded = config.deepspeed or config.fsdp
-    return config.world_size == 1 and not sharded and not config.save_only_model
+    return config.world_size == 1 and not sharded
 
 
 def _parse(args: list[str]) -> tuple[DataConfig, TDConfig, ModelConfig]:
@@ -251,7 +257,11 @@ def load_data(
     """
     _check_lines(path, argument)
     try:
-        loaded = Dataset.from_json(path)
+        loaded = Dataset.from_json(glob.escape(path))
+        if "timestamp" in str(loaded.features):  # Arrow's reading of a column of dates
+            rows = [record for _, record in records.lines(path, argument)]
+            names = dict.fromkeys(name for record in rows for name in record)
+            loaded = Dataset.from_dict({name: [r.get(name) for r in rows] for name in names})
     except (ValueError, DatasetsError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:

@@ -226,6 +226,10 @@ def run(
         if not fits:
             raise UserError(f"{name}: expected a number {expected}, got {value}")
     if output is not None:
+        if Path(output).suffix == ".png":
+            raise UserError(
+                f"output: expected a file of JSON, whose picture is put beside it, got {output}"
+            )
         records.check_output(Path(output))
     loaded = records.read(data)[:max_examples]
     result = inspect(
@@ -252,13 +256,13 @@ def run(
             "examples": len(loaded),
         }
         records.write_whole(Path(output), {**given, **result})
-        console.print(f"written to {output}")
+        console.print(f"written to {output}", markup=False)
         if importlib.util.find_spec("matplotlib") is None:
             console.print('no picture: pip install "tdkd[train]"', markup=False)
         else:
             picture = Path(output).with_suffix(".png")
             _draw(result, picture)
-            console.print(f"picture in {picture}")
+            console.print(f"picture in {picture}", markup=False)
 
 
 def _show(result: dict[str, Any], mass: float) -> None:

@@ -300,7 +300,7 @@ def undisturbed(job: Job, out: Path, log: Path, fork: bool) -> tuple[float, floa
 
 def being_written(out: Path) -> Path | None:
     """What is there of a checkpoint that is not whole yet."""
-    aside = out / "unfinished"
+    aside = out / ".tdkd-unfinished"
     if aside.is_dir():
         return aside
     for path in out.glob("checkpoint-*"):
