@@ -472,6 +472,11 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
     How it pads and truncates is left out; for the chat template see :func:`template_hash`.
     """
+    if not tokenizer.is_fast:
+        raise UserError(
+            "tokenizer: expected a fast one, which says how it makes tokens, got "
+            f"{type(tokenizer).__name__}"
+        )
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     core.pop("truncation", None)
     core.pop("padding", None)
@@ -499,8 +504,9 @@ def tokens_hash(prepared: Dataset) -> str:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """A model's configuration and weights."""
-    return sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    """A model's or an adapter's configuration and weights."""
+    configs = [folder / "config.json", folder / "adapter_config.json"]
+    return sorted([*folder.glob("*.safetensors"), next(filter(Path.is_file, configs))])
 
 
 def folder_hash(folder: Path, advance: Callable[[int], object] | None = None) -> str:

@@ -100,6 +100,11 @@ def last(output: Path) -> Path | None:
     return output / max(names, key=_step) if names else None
 
 
+def step(path: Path) -> int:
+    """The step that a checkpoint was written at."""
+    return _step(path.name)
+
+
 def check(path: Path, needed: Iterable[str] = NEEDED) -> None:
     """Refuses a checkpoint that is not whole.
 

@@ -285,6 +285,8 @@ class TDConfig(SFTConfig):
             raise UserError(
                 "trust_remote_code: expected False, since code of a model is never run, got True"
             )
+        if self.max_length is not None and self.max_length < 1:
+            raise UserError(f"max_length: expected a number >= 1, got {self.max_length}")
         if self.bf16 is None and not torch.accelerator.is_available():  # type: ignore[has-type]
             self.bf16 = False
         super().__post_init__()

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 
 from tdkd import records
 from tdkd.cache import Example
@@ -206,7 +205,7 @@ class _Reader:
             )
         sets = [self._set(position, place) for position in positions]
         if ended and sets[-1][0] not in self.eos:
-            eos = self.tokenizer.eos_token_id
+            eos = records.closing(self.tokenizer)[-1] if chat else self.tokenizer.eos_token_id
             sets.append((eos, {eos: 0.0}))
         return self._example(prompt, sets, place)
 
@@ -265,13 +264,8 @@ class _Reader:
         return whole[:same], whole
 
     def _chat(self, messages: list[records.Record], place: str, **options: bool) -> list[int]:
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
-            raise UserError(
-                f"{ARGUMENT}: expected messages that the chat template takes {place}, got "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        expected = f"{ARGUMENT}: expected messages that the chat template takes {place}"
+        text = records.render(messages, self.tokenizer, expected, **options)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from tdkd.errors import UserError, missing
 from tdkd.kernels.gather_q.reference import scaled
+from tdkd.records import closing
 from tdkd.types import Scale
 
 try:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
+    from safetensors.torch import load_file
     from transformers import (
         AutoModelForCausalLM,
         AutoTokenizer,
@@ -156,6 +158,20 @@ def _merged(path: Path, argument: str, **options: Any) -> PreTrainedModel:
         ) from error
 
 
+def has_added_adapter(model: nn.Module) -> bool:
+    """Whether transformers' ``add_adapter`` put adapters in, without a ``PeftModel`` around it."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def load_added_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Puts the weights that ``save_pretrained`` wrote into the active adapter."""
+    from peft import set_peft_model_state_dict
+
+    state = load_file(folder / "adapter_model.safetensors")
+    state = {name.removeprefix("base_model.model."): value for name, value in state.items()}
+    set_peft_model_state_dict(model, state, adapter_name=model.active_adapters()[0])
+
+
 def check_device(device: str | torch.device) -> None:
     """Refuses, in one line, a device that torch does not know or that is not there."""
     try:
@@ -175,12 +191,7 @@ def load_tokenizer(
         UserError: there is none, it cannot be read, or it has no chat template.
     """
     path = check_model_path(path, argument)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except UNREADABLE as error:
-        raise UserError(
-            f"{argument}: expected a tokenizer in {path}, got {_first_line(error)}"
-        ) from error
+    tokenizer = _tokenizer(path, argument)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{argument}: expected a tokenizer with an EOS token in {path}, got none")
     if chat and not tokenizer.chat_template:
@@ -190,6 +201,43 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_tokenizer(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, argument: str = "teacher"
+) -> None:
+    """Refuses a model for which an id is another token than for ``tokenizer``.
+
+    Tokens that were added to a vocabulary may differ, as names of reserved ones do. A directory
+    without a tokenizer is not judged.
+
+    Raises:
+        UserError: naming the first such token.
+    """
+    path = check_model_path(path, argument)
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return
+    expected, got = _vocabulary(tokenizer), _vocabulary(_tokenizer(path, argument))
+    for i in sorted(expected.keys() & got.keys()):
+        if expected[i] != got[i]:
+            raise UserError(
+                f"{argument}: expected the student's tokenizer, whose token {i} is "
+                f"{expected[i]!r}, got {got[i]!r} in {path}"
+            )
+
+
+def _tokenizer(path: Path, argument: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise UserError(
+            f"{argument}: expected a tokenizer in {path}, got {_first_line(error)}"
+        ) from error
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    added = tokenizer.added_tokens_decoder
+    return {i: token for token, i in tokenizer.get_vocab().items() if i not in added}
 
 
 def lm_head(model: PreTrainedModel) -> Head:
@@ -381,8 +429,31 @@ def prune_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     return student.eval()
 
 
+def positions(*models: nn.Module) -> int | None:
+    """How long a sequence may be for all of some models; None where none has a limit."""
+    configs = [model.config.get_text_config() for model in models]  # type: ignore[union-attr,operator]
+    limits = [getattr(config, "max_position_embeddings", None) for config in configs]
+    # XLNet calls "no limit" -1
+    return min((limit for limit in limits if limit is not None and limit > 0), default=None)
+
+
+def check_positions(longest: int, argument: str, *models: nn.Module) -> None:
+    """Refuses sequences that are longer than a model can be given.
+
+    Raises:
+        UserError: naming the option that would shorten them.
+    """
+    limit = positions(*models)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"{argument}: expected sequences of at most {limit} tokens, the positions of the model "
+            f"(max_position_embeddings), got one of {longest}"
+        )
+
+
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a response: the tokenizer's and the generation config's."""
+    """Every token that ends a response: the tokenizer's, the generation config's, and the one that
+    closes an answer in the chat template."""
     return _ends(model.generation_config, tokenizer)
 
 
@@ -395,7 +466,8 @@ def eos_beside(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int
 def _ends(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     configured = getattr(config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None})
+    ends = [*listed, tokenizer.eos_token_id, closing(tokenizer)[-1]]
+    return sorted({i for i in ends if i is not None})
 
 
 def _first_line(error: Exception) -> str:

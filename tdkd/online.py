@@ -112,14 +112,6 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.where(possible, token, probs.argmax(-1, keepdim=True)).squeeze(-1)
 
 
-def positions(*models: nn.Module) -> int | None:
-    """How long a sequence may be for all of some models; None where none has a limit."""
-    configs = [model.config.get_text_config() for model in models]  # type: ignore[union-attr,operator]
-    limits = [getattr(config, "max_position_embeddings", None) for config in configs]
-    # XLNet calls "no limit" -1
-    return min((limit for limit in limits if limit is not None and limit > 0), default=None)
-
-
 class Stepwise:
     """Next-token logits of a model, one new token at a time: it keeps its keys and values."""
 
@@ -468,7 +460,7 @@ class Rollouts:
         if self._again(step):
             answers = self.replay.sample(len(places), generator)
         else:
-            prompts = [_prompt(*given[b][i]) for b, i in places]
+            prompts = [self._prompt(*given[b][i]) for b, i in places]
             completions = answer(prompts, generator) if prompts else []
             answers = [Answer(*pair) for pair in zip(prompts, completions, strict=True)]
             self.replay.add(answers)
@@ -494,6 +486,16 @@ class Rollouts:
             metrics["completions/mean_length"] = answered / answers_in_all
             metrics["completions/clipped_ratio"] = cut / answers_in_all
         return made, metrics
+
+    def _prompt(self, ids: Tokens, labels: Tokens) -> Tokens:
+        first = next(i for i, label in enumerate(labels) if label != IGNORED)
+        # TRL hides the first token of each sequence of a padding-free batch, prompt or not
+        if first <= int(getattr(self.collate, "padding_free", False)):
+            raise UserError(
+                "lmbda: expected examples with a prompt (prompt and completion, or messages with "
+                "assistant_only_loss) to generate from, got one that is learned from its beginning"
+            )
+        return ids[:first]
 
     def _generator(self, step: int, of: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 4099 + of)
@@ -586,16 +588,6 @@ def check(
 
 def _keeps_keys(model: Any) -> bool:
     return "past_key_values" in inspect.signature(backbone(model).forward).parameters
-
-
-def _prompt(ids: Tokens, labels: Tokens) -> Tokens:
-    first = next(i for i, label in enumerate(labels) if label != IGNORED)
-    if first <= 1:
-        raise UserError(
-            "lmbda: expected examples with a prompt (prompt and completion, or messages with "
-            "assistant_only_loss) to generate from, got one that is learned from its beginning"
-        )
-    return ids[:first]
 
 
 class Clock:

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jinja2 import TemplateError
+
 from tdkd.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ Record = dict[str, Any]
 
 
 class Encoded(NamedTuple):
-    """Tokens of one record; the completion ends with EOS unless it was truncated."""
+    """Tokens of one record; the completion ends as the template ends one, unless it was cut."""
 
     prompt: list[int]
     completion: list[int]
@@ -193,7 +195,7 @@ def _refusing(argument: str, expected: str) -> Iterator[None]:
 def check_at_least(least: float, **options: float | None) -> None:
     """Refuses options of a command below ``least``; ``None`` stands for no limit."""
     for name, value in options.items():
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # NaN is neither
             raise UserError(f"{name.replace('_', '-')}: expected a number >= {least}, got {value}")
 
 
@@ -317,7 +319,8 @@ def completion_text(record: Record) -> str:
     """The completion (or the first reference) as text.
 
     Raises:
-        UserError: the record has neither.
+        UserError: the record has neither, or its completion has several messages, of which the
+            first belong to the prompt.
     """
     completion = record.get("completion")
     if completion is None:
@@ -328,21 +331,116 @@ def completion_text(record: Record) -> str:
                 f"{', '.join(sorted(record))}"
             )
         return references[0]
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    if isinstance(completion, str):
+        return completion
+    if len(completion) != 1:
+        raise UserError(
+            f"data: expected a completion of one message, got {len(completion)}; those before the "
+            "last belong to the prompt"
+        )
+    return completion[0]["content"]
 
 
-def prompt_ids(prompt: str | list[Record], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a prompt, up to where the assistant begins to speak."""
-    text = tokenizer.apply_chat_template(
-        messages(prompt), tokenize=False, add_generation_prompt=True
+def prompt_ids(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a record's prompt, up to where the assistant begins to speak."""
+    tools = record.get("tools")
+    text = render(
+        messages(record["prompt"]),
+        tokenizer,
+        add_generation_prompt=True,
+        tools=json.loads(tools) if isinstance(tools, str) else tools,
+        **(record.get("chat_template_kwargs") or {}),
     )
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def encode(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Tokens of a record through the chat template, at most ``max_length`` of them."""
-    prompt = prompt_ids(record["prompt"], tokenizer)
+def render(
+    turns: list[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    expected: str = "prompt: expected messages that the chat template takes",
+    **options: Any,
+) -> str:
+    """What the chat template makes of messages.
+
+    Raises:
+        UserError: the template refuses them; it says what was ``expected``.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
+    except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"{expected}, got {type(error).__name__}: {error}") from error
+
+
+def closing(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that close an answer in the chat template, up to the first special one, such as
+    ``<|im_end|>``: what the model ends with, which need not be the tokenizer's EOS."""
+    if not tokenizer.chat_template:
+        return [tokenizer.eos_token_id]
+    mark = "\u241f"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    after = render(turns, tokenizer).partition(mark)[2]
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = next((i for i, token in enumerate(ids) if token in special), None)
+    return [tokenizer.eos_token_id] if end is None else ids[: end + 1]
+
+
+def encode(
+    record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> Encoded:
+    """Tokens of a record through the chat template, at most ``max_length`` of them.
+
+    Raises:
+        UserError: the record has no answer of one message, ``truncated`` is no boolean, or the
+            template refuses the prompt.
+    """
+    truncated = record.get("truncated")
+    if not isinstance(truncated, bool | None):
+        raise UserError(f"truncated: expected true or false, got {truncated!r}")
+    prompt = prompt_ids(record, tokenizer)
     completion = tokenizer(completion_text(record), add_special_tokens=False).input_ids
-    if not record.get("truncated", False):
-        completion = [*completion, tokenizer.eos_token_id]
+    if not truncated:
+        completion = [*completion, *closing(tokenizer)]
+    if max_length is None:
+        return Encoded(prompt, completion)
     return Encoded(prompt[:max_length], completion[: max(0, max_length - len(prompt))])
+
+
+def encode_truncated(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, argument: str, num_proc: int | None = None
+) -> Any:
+    """A data set of TRL, tokenised if its records say ``truncated``; any other one as it is.
+
+    A chat template closes every answer. An answer that was cut has no end to learn, and its last
+    state no known successor.
+
+    Args:
+        dataset: a Dataset or IterableDataset of :mod:`datasets`.
+        tokenizer: has the chat template.
+        argument: what an error calls the data set.
+        num_proc: processes that tokenise a Dataset.
+    Returns:
+        The data set with ``input_ids`` and ``completion_mask``, or the one given.
+    Raises:
+        UserError: they are no chat messages of prompt and completion, or :func:`encode` refuses.
+    """
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if "truncated" not in columns or "input_ids" in columns:
+        return dataset
+    first = next(iter(dataset))
+    if not all(isinstance(first.get(name), list) for name in ("prompt", "completion")):
+        raise UserError(
+            f"{argument}: expected chat messages as prompt and completion where records say "
+            f"truncated, got {', '.join(sorted(columns))}"
+        )
+
+    def tokens(record: Record) -> dict[str, list[int]]:
+        prompt, completion = encode(record, tokenizer)
+        mask = [0] * len(prompt) + [1] * len(completion)
+        return {"input_ids": prompt + completion, "completion_mask": mask}
+
+    from datasets import Dataset
+
+    is_streamed = not isinstance(dataset, Dataset)
+    how = {} if is_streamed else {"num_proc": num_proc, "desc": "Tokenising"}
+    return dataset.map(tokens, remove_columns=columns, **how)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdkd import bootstrap, checkpoints, online, ops
+from tdkd import bootstrap, checkpoints, online, ops, records
 from tdkd.config import TDConfig
 from tdkd.diagnostics import Drift, diagnostics
 from tdkd.errors import UserError, missing
@@ -26,11 +26,15 @@ from tdkd.models import (
     check_head,
     check_model_path,
     check_packed,
+    check_tokenizer,
     eos_token_ids,
+    has_added_adapter,
     is_adapter,
     last_hidden_state,
     lm_head,
+    load_added_adapter,
     load_model,
+    positions,
 )
 from tdkd.objectives import CrossEntropy, IQLearn, ObjectiveLike, as_objective
 
@@ -66,10 +70,13 @@ class TDTrainer(SFTTrainer):
         args: a :class:`TDConfig`.
         objective: any objective of :mod:`tdkd.objectives` or a function of ``Rows``, in place of
             the one that ``args`` describe.
-        trainer: what ``SFTTrainer`` takes (``train_dataset``, ``processing_class``, ...).
+        trainer: what ``SFTTrainer`` takes (``train_dataset``, ``processing_class``, ...). Records
+            of chat messages may say ``truncated``, as those of ``tdkd generate`` do: an answer that
+            was cut is not closed.
     Raises:
-        UserError: there is no teacher although the objective needs one, vocabularies differ, or a
-            model does something to its logits that the ops do not know.
+        UserError: there is no teacher although the objective needs one, vocabularies or (of
+            directories) tokenizers differ, or a model does something to its logits that the ops do
+            not know.
     """
 
     _tag_names = ["trl", "tdkd"]
@@ -190,7 +197,7 @@ class TDTrainer(SFTTrainer):
             args.top_p,
             args.teacher_mixture,
             args.vocab_size,
-            online.positions(student, teacher),
+            positions(student, teacher),
         )
         self._vllm: online.VLLM | None = None
         if args.use_vllm:
@@ -248,6 +255,7 @@ class TDTrainer(SFTTrainer):
                 "set teacher_model_name_or_path"
             )
         if isinstance(given, str | Path):
+            check_tokenizer(given, self._tokenizer, "teacher_model_name_or_path")
             teacher = load_model(
                 given,
                 dtype=head.weight.dtype,
@@ -279,6 +287,31 @@ class TDTrainer(SFTTrainer):
         self._compile(teacher)
         teacher.requires_grad_(False)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True).eval()
+
+    def _prepare_dataset(
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Any:
+        """TRL's, but that answers which say ``truncated`` are not closed by the chat template."""
+        if formatting_func is None:
+            argument = f"{dataset_name}_dataset"
+            encoded = records.encode_truncated(
+                dataset, self._tokenizer, argument, args.dataset_num_proc
+            )
+            if encoded is not dataset and args.assistant_only_loss:
+                raise UserError(
+                    f"assistant_only_loss: expected False where records of {argument} say "
+                    "truncated, got True"
+                )
+            dataset = encoded
+        return super()._prepare_dataset(
+            dataset, processing_class, args, packing, formatting_func, dataset_name
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """A micro-batch forward and backward; its seconds enter the log."""
@@ -521,15 +554,23 @@ class TDTrainer(SFTTrainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        bootstrap.load_value_head(self._unwrapped(self.model), Path(resume_from_checkpoint))
+        student = self._unwrapped(self.model)
+        if has_added_adapter(student):  # which transformers writes and does not read
+            load_added_adapter(student, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        bootstrap.load_value_head(student, Path(resume_from_checkpoint))
         if self.target is not None:
             self.target.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        student = self._unwrapped(self.model)
         best = Path(self.state.best_model_checkpoint)
-        bootstrap.load_value_head(self._unwrapped(self.model), best)
+        if has_added_adapter(student):
+            load_added_adapter(student, best)
+        else:
+            super()._load_best_model()
+        bootstrap.load_value_head(student, best)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._aside or super()._get_output_dir(trial)
@@ -573,6 +614,8 @@ class TDTrainer(SFTTrainer):
         if not self.is_world_process_zero():
             return
         given = self.args.output_dir
+        if self._aside is None:  # within a checkpoint that is being written, it is clear
+            checkpoints.clear(Path(given))
         aside = Path(given) / checkpoints.UNFINISHED / "card"
         self.args.output_dir = str(aside)
         try:

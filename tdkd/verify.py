@@ -249,7 +249,21 @@ def _td_loss(draw: Draw) -> Problem:
 
     student = draw.place(student)
     note = f"{rows} x {vocab} {kind} k={k} q={options['q']} top_p={options['top_p']:g}"
-    return Problem((student,), call, _squared(_size(student, options)), 1.0, note)
+    size = _squared(_size(student, options))
+    if k < vocab // 2 and draw.random.random() < 0.5:
+        _suppress(student, teacher, tokens)
+        note += " suppressed"
+    return Problem((student,), call, size, 1.0, note)
+
+
+def _suppress(student: Tensor, teacher: Tensor, tokens: Tensor) -> None:
+    """Writes a large negative number, in place of -inf, into some logits (or biases) of a student:
+    what generation does to tokens that it forbids. No set holds them, nor all others: the tail
+    bucket would hold rounding times that number."""
+    forbidden = torch.arange(student.shape[-1], device=student.device) % 7 == 0
+    student[..., forbidden] = max(-1e9, torch.finfo(student.dtype).min)
+    teacher[..., forbidden] = -torch.inf
+    tokens[tokens % 7 == 0] = -100
 
 
 class _HeadDraw(NamedTuple):
@@ -323,6 +337,9 @@ def _linear_td_loss(draw: Draw) -> Problem:
     rows, vocab = head.hidden.shape[0], head.weight.shape[0]
     k, tokens = draw.k(), draw.tokens(rows, vocab)
     teacher = draw.place(make_logits("peaked", rows, vocab, torch.float32, draw.generator))
+    suppressed = k < vocab // 2 and draw.random.random() < 0.5
+    if suppressed:
+        _suppress(head.bias, teacher, tokens)
     actions = ops.select_actions(
         teacher, k, 0.8, include=torch.where(tokens < 0, -1, tokens), impl="reference"
     )
@@ -357,6 +374,7 @@ def _linear_td_loss(draw: Draw) -> Problem:
         return out.loss, out.q, out.value, out.td_error
 
     note = f"{head.note} k={k} {way} {options['reduction']} {step or 'all'} rows a chunk"
+    note += " suppressed" * suppressed
     chunk = step and step * vocab
     return Problem(head[:3], call, _squared(24.0), _factor(head), note, chunk)
 

@@ -122,7 +122,7 @@ def test_sets_are_those_of_the_live_teacher(made, tiny_teacher):
 
 def test_tokens_are_those_that_the_trainer_makes(made, tmp_path, tiny_teacher, tiny_student, data):
     tokenizer = load_tokenizer(tiny_student)
-    loaded = distill.load_data(str(data), "train_file", tokenizer, 64)
+    loaded = distill.load_data(str(data), "train_file", tokenizer)
     live = TDTrainer(
         load_model(tiny_student), str(tiny_teacher), config(tmp_path), train_dataset=loaded,
         processing_class=tokenizer,
@@ -242,7 +242,7 @@ def test_a_student_learns_what_it_learns_from_the_live_teacher(
     tokenizer = load_tokenizer(tiny_student)
     live = TDTrainer(
         load_model(tiny_student), str(tiny_teacher), config(tmp_path / "live", **options),
-        train_dataset=distill.load_data(str(data), "train_file", tokenizer, 64),
+        train_dataset=distill.load_data(str(data), "train_file", tokenizer),
         processing_class=tokenizer,
     )  # fmt: skip
     cached = cached_trainer(tmp_path / "cached", tiny_student, made, **options)
@@ -290,7 +290,7 @@ def test_vocabularies_that_are_padded_differently(
     tokenizer = load_tokenizer(tiny_student)
     live = TDTrainer(
         load_model(tiny_student), str(wide), config(tmp_path / "live", vocab_size=264),
-        train_dataset=distill.load_data(str(data), "train_file", tokenizer, 64),
+        train_dataset=distill.load_data(str(data), "train_file", tokenizer),
         processing_class=tokenizer,
     )  # fmt: skip
     before = [p.detach().clone() for p in live.model.parameters()]
@@ -657,7 +657,7 @@ def test_what_the_assistant_says(tmp_path, tiny_teacher, tiny_student, data):
     live = TDTrainer(
         load_model(student), str(teacher),
         config(tmp_path, assistant_only_loss=True, max_length=64),
-        train_dataset=distill.load_data(str(talk), "train_file", tokenizer, 64),
+        train_dataset=distill.load_data(str(talk), "train_file", tokenizer),
         processing_class=tokenizer,
     )  # fmt: skip
     for ours, theirs in zip(made.dataset(), live.train_dataset, strict=True):
@@ -786,3 +786,38 @@ def test_options_are_refused_by_name(tmp_path, tiny_teacher, data, capsys):
     with pytest.raises(SystemExit):
         cli.main()
     assert "model: expected --model and --data, or --served" in capsys.readouterr().err
+
+
+def test_an_adapter_may_teach(tmp_path, tiny_teacher, data):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(7)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(load_model(tiny_teacher), config).save_pretrained(tmp_path / "adapter")
+    load_tokenizer(tiny_teacher).save_pretrained(tmp_path / "adapter")
+    cache = run(tmp_path / "c", model=tmp_path / "adapter", data=data)
+    example = cache.dataset()[0]
+    ids, labels = torch.tensor(example["input_ids"]), torch.tensor(example["labels"])
+    where = (labels >= 0).nonzero().squeeze(-1)
+    expected = live_sets(tmp_path / "adapter", ids, where)
+    assert torch.equal(cache.sets(labels[where].numpy()).ids, expected.ids)
+    before = cache.manifest.teacher["sha256"]
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(file.read_text() + " ")
+    assert caches.folder_hash(tmp_path / "adapter") != before
+
+
+def test_a_slow_tokenizer_is_refused(tmp_path, tiny_teacher, data, monkeypatch):
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", False)
+    with pytest.raises(UserError, match="^tokenizer: expected a fast one, which says how it makes"):
+        run(tmp_path / "c", model=tiny_teacher, data=data)
+
+
+def test_examples_longer_than_the_positions_are_refused(tmp_path, tiny_teacher):
+    long = write(tmp_path / "long.jsonl", [{"prompt": "why", "completion": "x" * 600}])
+    with pytest.raises(UserError, match="^max-length: expected sequences of at most 512 tokens"):
+        run(tmp_path / "c", model=tiny_teacher, data=long, max_length=1000)
+
+
+def test_a_max_length_that_leaves_nothing_of_a_cache(tmp_path, made, tiny_student):
+    with pytest.raises(UserError, match=r"expected at least one example, got none that max_length"):
+        cached_trainer(tmp_path, tiny_student, made, max_length=2)

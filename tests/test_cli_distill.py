@@ -67,6 +67,9 @@ def test_a_run_leaves_a_student_and_a_log_and_resumes(setting, tmp_path, capsys)
     assert "checkpoint-2" in capsys.readouterr().err
     log = json.loads((tmp_path / "out" / "log.json").read_text())
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+    assert "nothing was trained" not in capsys.readouterr().err
+    distill.run([str(path), "--max_steps", "3"])
+    assert "at the last step already: nothing was trained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -150,19 +153,6 @@ def test_an_objective_by_name_in_the_file_and_as_a_flag(setting, tmp_path):
     assert len(logs[0]) == 2
 
 
-def test_a_truncated_answer_has_no_end(tmp_path, tiny_student):
-    tokenizer = load_tokenizer(tiny_student)
-    data = tmp_path / "data.jsonl"
-    cut, whole = ({**RECORDS[0], "truncated": truncated} for truncated in (True, False))
-    data.write_text("".join(json.dumps(record) + "\n" for record in (cut, whole)))
-    config = TDConfig(output_dir=str(tmp_path), max_length=64)
-    loaded = distill.load_data(str(data), "train_file", tokenizer, config.max_length)
-    first, second = loaded[0]["labels"], loaded[1]["labels"]
-    assert second == [*first, tokenizer.eos_token_id]
-    assert tokenizer.eos_token_id not in first
-    assert tokenizer.decode([t for t in first if t != -100]) == "yes "
-
-
 REFUSED = {
     "no_config": (["nowhere.yaml"], {}, "config: expected a YAML file"),
     "unknown_key": ([], {"action_topk": 3}, "action_topk"),
@@ -174,6 +164,14 @@ REFUSED = {
     "resume_from": (["--resume_from_checkpoint", "x"], {}, "resume_from_checkpoint: expected it"),
     "four_bits": (["--load_in_4bit", "true"], {}, "load_in_4bit: expected it to be left out"),
     "attention": (["--attn_implementation", "foo"], {}, "model_name_or_path: expected a causal"),
+    "eval_file_alone": (["--eval_file", "x.jsonl"], {}, "eval_file: expected none without eval_st"),
+    "two_files": ([], {"train_file": ["a", "b"]}, "train_file: expected one path, got ['a', 'b']"),
+    "dtype": (
+        [],
+        {"dtype": "bf16"},
+        "dtype: expected one of auto, float32, bfloat16, flo",
+    ),
+    "negative_length": (["--max_length", "-1"], {}, "max_length: expected a number >= 1, got -1"),
     "no_eval_file": (["--eval_strategy", "steps"], {}, "eval_strategy: expected 'no' without eval"),
     "too_short": (["--max_length", "3"], {}, "max_length: expected an example whose response"),
     "lora_target": (
@@ -252,7 +250,7 @@ def test_dates_are_text_and_names_are_no_patterns(tmp_path, tiny_student, conten
         lines = [json.dumps(record(text)) + "\n"] * 3
         (tmp_path / name / "data.jsonl").write_text("".join(lines))
     data = str(tmp_path / "run[1]" / "data.jsonl")
-    loaded = distill.load_data(data, "train_file", load_tokenizer(tiny_student), 64)
+    loaded = distill.load_data(data, "train_file", load_tokenizer(tiny_student))
     assert list(loaded) == [record("2024-01-02")] * 3
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tiny import shuffled_tokenizer
 
 from tdkd.cli import evaluate as command
 from tdkd.errors import UserError
@@ -187,7 +188,7 @@ def test_other_vocabularies_are_refused(student, tokenizer):
         num_attention_heads=2,
     )  # fmt: skip
     wide = transformers.LlamaForCausalLM(config).eval()
-    with pytest.raises(UserError, match="^teacher: expected.*vocabulary of 264, got 300$"):
+    with pytest.raises(UserError, match="^teacher: expected.*vocabulary of 264, got 300; where"):
         evaluate(student, wide, tokenizer)
 
 
@@ -201,8 +202,8 @@ def test_the_command_writes_one_json_and_a_table(tiny_student, tiny_teacher, tmp
     data.write_text("".join(json.dumps(record) + "\n" for record in DATA))
     command.run(
         model=str(tiny_student), teacher=str(tiny_teacher), data=str(data), output=str(output),
-        max_examples=3, max_length=512, batch_size=2, max_new_tokens=4, temperature=0.0,
-        rouge=True, samples=2, seed=0, device="cpu",
+        max_examples=3, max_length=512, vocab_size=None, batch_size=2, max_new_tokens=4,
+        temperature=0.0, rouge=True, samples=2, seed=0, device="cpu",
     )  # fmt: skip
     written = json.loads(output.read_text())
     assert written["examples"] == 3
@@ -212,3 +213,35 @@ def test_the_command_writes_one_json_and_a_table(tiny_student, tiny_teacher, tmp
     for name in command.METRICS:
         assert name in table
         assert f"{written[name]:.4f}" in table
+
+
+def test_columns_of_padding_do_not_count(student, teacher, tokenizer, tiny_teacher):
+    expected = evaluate(student, teacher, tokenizer, vocab_size=260)
+    wide = load_model(tiny_teacher)
+    wide.resize_token_embeddings(300)
+    assert evaluate(student, wide, tokenizer, vocab_size=260) == expected
+    assert expected != evaluate(student, teacher, tokenizer)
+    for size in (0, 265):
+        with pytest.raises(UserError, match=f"^vocab-size: expected 1 to 264, .* got {size}$"):
+            evaluate(student, wide, tokenizer, vocab_size=size)
+
+
+def test_records_longer_than_the_positions_are_refused(student, teacher, tokenizer):
+    data = [{"prompt": "why?", "completion": "x" * 600}]
+    with pytest.raises(UserError, match="^max-length: expected sequences of at most 512 tokens"):
+        evaluate(student, teacher, tokenizer, data, max_length=1000)
+    with pytest.raises(UserError, match="^max-new-tokens: expected sequences of at most 512"):
+        evaluate(student, teacher, tokenizer, rouge=True, max_new_tokens=500)
+
+
+def test_a_teacher_with_other_tokens_is_refused(tiny_student, tiny_teacher, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "why?", "completion": "so"}) + "\n")
+    other = shuffled_tokenizer(tiny_teacher, tmp_path / "other")
+    with pytest.raises(UserError, match="^teacher: expected the student's tokenizer, whose token"):
+        command.run(
+            model=str(tiny_student), teacher=str(other), data=str(data),
+            output=str(tmp_path / "out.json"), max_examples=None, max_length=64, vocab_size=None,
+            batch_size=2, max_new_tokens=4, temperature=0.0, rouge=False, samples=0, seed=0,
+            device="cpu",
+        )  # fmt: skip

@@ -78,7 +78,7 @@ def test_long_prompts_are_left_out(writer, tmp_path):
 
 def test_greedy_answers_do_not_depend_on_the_batch(writer):
     model, tokenizer = load_model(writer), load_tokenizer(writer)
-    encoded = [records.prompt_ids(p, tokenizer) for p in PROMPTS]
+    encoded = [records.prompt_ids({"prompt": p}, tokenizer) for p in PROMPTS]
     together = command.sample(model, tokenizer, encoded, max_new_tokens=10, temperature=0)
     for ids, (tokens, truncated) in zip(encoded, together, strict=True):
         row = list(ids)
@@ -92,7 +92,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(writer):
 
 def test_a_shared_prompt_is_read_once_and_changes_nothing(writer):
     model, tokenizer = load_model(writer), load_tokenizer(writer)
-    ids = records.prompt_ids("why?", tokenizer)
+    ids = records.prompt_ids({"prompt": "why?"}, tokenizer)
     (alone,) = command.sample(model, tokenizer, [ids], max_new_tokens=10, temperature=0)
     shared = command.sample(model, tokenizer, [ids] * 3, max_new_tokens=10, temperature=0)
     assert shared == [alone] * 3
@@ -267,3 +267,11 @@ def test_a_teacher_without_a_chat_template_is_refused(writer, prompts, tmp_path)
 def test_a_teacher_that_never_ends_a_prompt_is_refused(writer, tmp_path):
     with pytest.raises(UserError, match="^model: expected a teacher that writes prompts"):
         generate(writer, tmp_path / "data.jsonl", max_prompt_tokens=1, top_k=1)
+
+
+def test_answers_beyond_the_positions_are_refused(writer, prompts, tmp_path):
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match="^max-new-tokens: expected sequences of at most 256 tok"):
+        generate(writer, out, prompts=str(prompts), max_new_tokens=250)
+    with pytest.raises(UserError, match="^temperature: expected a number >= 0, got nan"):
+        generate(writer, out, prompts=str(prompts), temperature=float("nan"))

@@ -192,11 +192,14 @@ def test_the_command(tiny_teacher, tmp_path, capsys):
         ({"gamma": 2.0}, r"gamma: expected a number in \[0, 1\], got 2.0"),
         ({"output": "stats.png"}, "output: expected a file of JSON, .*got stats.png"),
         ({"max_k": 0}, "max-k: expected a number >= 1, got 0"),
+        ({"max_new_tokens": 500}, "max-new-tokens: expected sequences of at most 512 tokens"),
         ({"max_length": 3}, "data: expected responses within max-length 3, got none"),
     ],
 )
 def test_what_it_refuses(tiny_teacher, tmp_path, options, message):
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(DATA[0]) + "\n")
+    if "max_new_tokens" in options:
+        data.write_text(json.dumps({"prompt": "why?"}) + "\n")
     with pytest.raises(UserError, match=message):
         command.run(model=str(tiny_teacher), data=str(data), **{**OPTIONS, **options})

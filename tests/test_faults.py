@@ -525,7 +525,7 @@ def test_a_broken_line_of_data_is_named(
 def test_a_broken_line_of_held_out_data_is_named(monkeypatch, capsys, tmp_path, distilling, data):
     held_out = write_lines(tmp_path / "held_out.jsonl", RECORDS)
     break_line(held_out, "{")
-    args = [*distilling, tmp_path / "out", "--eval_file", held_out]
+    args = [*distilling, tmp_path / "out", "--eval_file", held_out, "--eval_strategy", "epoch"]
     line = refused(monkeypatch, capsys, args)
     assert f"tdkd: eval_file: expected JSON on line 4 of {held_out}" in line
 

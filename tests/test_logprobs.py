@@ -27,7 +27,7 @@ def tokenizer(tiny_teacher):
 def served(tiny_teacher, tokenizer):
     """Prompt, taken tokens, and the teacher's top 20 log-probabilities there: (id, value) pairs."""
     model = load_model(str(tiny_teacher))
-    prompt = records.prompt_ids("hello", tokenizer)
+    prompt = records.prompt_ids({"prompt": "hello"}, tokenizer)
     taken = tokenizer(ANSWER, add_special_tokens=False).input_ids
     ids = torch.tensor([prompt + taken])
     with torch.inference_mode():
@@ -239,7 +239,7 @@ def scored(tiny_teacher, tokenizer):
     with torch.inference_mode():
         hidden = last_hidden_state(model, input_ids=ids, attention_mask=torch.ones_like(ids))
         log_p = lm_head(model).logits(hidden[0]).double().log_softmax(-1)
-    return whole, len(records.prompt_ids("hello", tokenizer)), log_p
+    return whole, len(records.prompt_ids({"prompt": "hello"}, tokenizer)), log_p
 
 
 def told(scored, name):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from tiny import shuffled_tokenizer
 
 import tdkd.models
 from tdkd.errors import UserError
@@ -13,6 +14,8 @@ from tdkd.models import (
     backbone,
     check_head,
     check_packed,
+    check_positions,
+    check_tokenizer,
     last_hidden_state,
     lm_head,
     load_model,
@@ -330,3 +333,25 @@ def test_a_model_that_cannot_be_packed_is_not_judged(monkeypatch, caplog):
     monkeypatch.setattr(tdkd.models, "last_hidden_state", lambda model, **inputs: 1 / 0)
     check_packed(small("llama"))
     assert "padding-free batches not checked" in caplog.text
+
+
+def test_a_tokenizer_with_other_tokens_is_found(tiny_teacher, tiny_student, tmp_path):
+    tokenizer = load_tokenizer(tiny_student)
+    check_tokenizer(tiny_teacher, tokenizer)
+    tokenizer.add_tokens(["<more>"])
+    check_tokenizer(tiny_teacher, tokenizer)
+    other = shuffled_tokenizer(tiny_teacher, tmp_path / "other")
+    with pytest.raises(UserError, match=r"^teacher: expected the .* token \d+ is 'a', got 'b' in"):
+        check_tokenizer(other, tokenizer)
+    for file in other.glob("tokenizer*"):
+        file.unlink()
+    check_tokenizer(other, tokenizer)
+
+
+def test_sequences_that_are_too_long_for_a_model(tiny_teacher):
+    model = load_model(tiny_teacher)
+    check_positions(512, "max-length", model)
+    with pytest.raises(UserError, match="^max-length: expected sequences of at most 512 .* of 513"):
+        check_positions(513, "max-length", model)
+    model.config.max_position_embeddings = -1
+    check_positions(513, "max-length", model)

@@ -18,7 +18,7 @@ from trl.distributed import DistributedBackend
 
 from tdkd import online, ops
 from tdkd.errors import UserError
-from tdkd.models import load_model
+from tdkd.models import load_model, positions
 from tdkd.objectives import (
     JSD,
     LSIQ,
@@ -206,7 +206,7 @@ def test_answers_are_the_same_in_smaller_batches(tiny_student, tiny_teacher, mix
 def test_an_answer_ends_where_the_positions_do(writer):
     """Of the prompt that it follows: those beside it have room."""
     student = load_model(writer)
-    assert online.positions(student) == 256
+    assert positions(student) == 256
     long = [[1, *[40] * (n - 1)] for n in (251, 4, 255, 251, 250)]
     law = {"max_completion_length": 12, "eos": (263,), "seed": 2}
     drawn = answers(student, prompts=long, positions=256, **law)
@@ -220,11 +220,11 @@ def test_an_answer_ends_where_the_positions_do(writer):
 
 def test_positions_are_those_that_all_models_have(writer, tiny_teacher):
     small, large = load_model(writer), load_model(tiny_teacher)
-    assert online.positions(large) == 512
-    assert online.positions(large, small) == 256
+    assert positions(large) == 512
+    assert positions(large, small) == 256
     large.config.max_position_embeddings = -1
-    assert online.positions(large) is None
-    assert online.positions(large, small) == 256
+    assert positions(large) is None
+    assert positions(large, small) == 256
 
 
 def test_padding_columns_are_never_drawn(tiny_student, tiny_teacher):
@@ -444,6 +444,16 @@ def test_examples_without_a_prompt_are_refused(run):
     batch = run.data_collator([{"input_ids": [1, 5, 6], "labels": [1, 5, 6]}])
     with pytest.raises(UserError, match="lmbda: expected examples with a prompt"):
         rollouts(run)([batch], 0, count_up)
+
+
+def test_a_prompt_may_be_one_token_where_batches_tell(run):
+    """A padding-free batch hides the first token of what is learned from its beginning, too."""
+    batch = run.data_collator([{"input_ids": [7, 5, 6], "labels": [-100, 5, 6]}])
+    made, _ = rollouts(run)([batch], 0, count_up)
+    assert completions(made[0])[0][0] == (7,)
+    run.data_collator.padding_free = True
+    with pytest.raises(UserError, match="lmbda: expected examples with a prompt"):
+        rollouts(run)([run.data_collator([{"input_ids": [7, 5], "labels": [7, 5]}])], 0, count_up)
 
 
 def test_a_sequence_without_labels_stays(run):

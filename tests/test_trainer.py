@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import ranks
 import torch
+from tiny import shuffled_tokenizer
 
-from tdkd import ops
+from tdkd import ops, records
 from tdkd import trainer as trainer_module
 from tdkd.errors import UserError
 from tdkd.models import load_model, load_tokenizer
@@ -709,3 +710,196 @@ def test_objective_by_name(tmp_path, tiny_teacher, tiny_student):
 def test_a_wrong_objective_is_named(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         TDConfig(output_dir=str(tmp_path), **options)
+
+
+TURNS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + END + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def cut_and_whole():
+    first = conversations(1)[0]
+    return datasets.Dataset.from_list([{**first, "truncated": cut} for cut in (True, False)])
+
+
+def learned(run, tokenizer):
+    """What each example of a trainer is to learn, as text."""
+    return [
+        tokenizer.decode([token for token in row["labels"] if token != -100])
+        for row in run.train_dataset
+    ]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_that_was_cut_has_no_end(tmp_path, tiny_teacher, tiny_student, streamed):
+    data = cut_and_whole()
+    if streamed:
+        data = data.to_iterable_dataset()
+    options = {"shuffle_dataset": False, "lm_weight": 0.5, "max_steps": 1}
+    run = trainer(tmp_path, tiny_teacher, tiny_student, data, **options)
+    tokenizer = load_tokenizer(tiny_student)
+    assert learned(run, tokenizer) == ["red", "red<|im_end|>"]
+    assert all(math.isfinite(loss) for loss in losses(run))
+    again = trainer(tmp_path, tiny_teacher, tiny_student, conversations(2), **options)
+    assert learned(again, tokenizer)[0] == "red<|im_end|>\n"  # as TRL has it
+
+
+def test_answers_that_were_cut_follow_the_options_of_trl(tmp_path, tiny_teacher, tiny_student):
+    tokenizer = load_tokenizer(tiny_student)
+    prompt = "<|im_start|>user\none two<|im_end|>\n<|im_start|>assistant\n"
+
+    def texts(**options):
+        run = trainer(
+            tmp_path, tiny_teacher, tiny_student, cut_and_whole(), shuffle_dataset=False, **options
+        )
+        return learned(run, tokenizer)
+
+    assert texts(completion_only_loss=False) == [prompt + "red", prompt + "red<|im_end|>"]
+    kept = texts(max_length=8, truncation_mode="keep_end", completion_only_loss=False)
+    assert kept == [(prompt + "red")[-8:], "ant\nred<|im_end|>"]
+    assert texts(max_length=28) == ["re", "re"]
+    packed = texts(packing=True, packing_strategy="wrapped", max_length=20)
+    assert "".join(packed) == "redred<|im_end|>"
+    template = tmp_path / "other.jinja"
+    template.write_text(TURNS.replace("END", "'<|endoftext|>'"))
+    assert texts(chat_template_path=str(template)) == ["red", "red<|endoftext|>"]
+
+
+def test_an_answer_ends_as_its_template_ends_it(tmp_path, tiny_student):
+    """Gemma's and Phi's templates end a turn with another token than the tokenizer's EOS."""
+    tokenizer = load_tokenizer(tiny_student)
+    record = conversations(1)[0]
+    for end, expected in (
+        ("'<|endoftext|>'", [0]),
+        ("' ' + eos_token", [tokenizer.convert_tokens_to_ids("Ġ"), 2]),
+        ("''", [2]),
+    ):
+        tokenizer.chat_template = TURNS.replace("END", end)
+        assert records.closing(tokenizer) == expected
+        assert records.encode(record, tokenizer).completion[3:] == expected
+    tokenizer.chat_template = TURNS.replace("END", "'<|endoftext|>'")
+    run = TDTrainer(
+        load_model(tiny_student),
+        args=config(tmp_path, lm_weight=1.0, imitation="none", td_weight=0.0),
+        train_dataset=cut_and_whole(),
+        processing_class=tokenizer,
+    )
+    assert run._eos == [0, 2]
+
+
+def test_what_a_template_is_told_beside_the_messages(tiny_student):
+    tokenizer = load_tokenizer(tiny_student)
+    tokenizer.chat_template = "{{ tools[0].name if tools else 'none' }} {{ mood }}" + TURNS
+    tokenizer.chat_template = tokenizer.chat_template.replace("END", "eos_token")
+    told = {"chat_template_kwargs": {"mood": "calm"}}
+    for tools in ([{"name": "f"}], '[{"name": "f"}]'):
+        ids = records.prompt_ids({"prompt": "hi", "tools": tools, **told}, tokenizer)
+        assert tokenizer.decode(ids).startswith("f calm<|im_start|>user")
+    assert tokenizer.decode(records.prompt_ids({"prompt": "hi"}, tokenizer)).startswith("none <")
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match="^prompt: expected messages .* roles must alternate$"):
+        records.prompt_ids({"prompt": "hi"}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"truncated": "false"}, "^truncated: expected true or false, got 'false'$"),
+        ({"prompt": "hi", "completion": "you"}, "^train_dataset: expected chat messages as prompt"),
+        (
+            {"completion": [{"role": "assistant", "content": "a"}] * 2},
+            "^data: expected a completion of one message, got 2;",
+        ),
+    ],
+    ids=["text", "no_chat", "several"],
+)
+def test_records_that_cannot_be_cut(tmp_path, tiny_teacher, tiny_student, change, message):
+    data = datasets.Dataset.from_list([{**conversations(1)[0], "truncated": True, **change}])
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path, tiny_teacher, tiny_student, data)
+
+
+def test_cut_answers_have_no_marks_of_the_assistant(tmp_path, tiny_teacher, tiny_student):
+    tokenizer = load_tokenizer(tiny_student)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == "
+        "'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    with pytest.raises(UserError, match="assistant_only_loss: expected False where records of"):
+        TDTrainer(
+            load_model(tiny_student),
+            str(tiny_teacher),
+            config(tmp_path, assistant_only_loss=True),
+            train_dataset=cut_and_whole(),
+            processing_class=tokenizer,
+        )
+
+
+def lora_student(path):
+    """A student with transformers' own adapters, one of them on the head."""
+    peft = pytest.importorskip("peft")
+    student = load_model(path)
+    torch.manual_seed(5)
+    student.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    return student
+
+
+@pytest.mark.parametrize("worst", [False, True])
+def test_added_adapters_are_resumed_and_the_best_come_back(
+    tmp_path, tiny_teacher, tiny_student, worst
+):
+    def made(name, **options):
+        return TDTrainer(
+            lora_student(tiny_student),
+            str(tiny_teacher),
+            config(
+                tmp_path / name,
+                max_steps=4,
+                save_strategy="steps",
+                save_steps=1,
+                optim="adamw_torch",
+                per_device_train_batch_size=2,
+                **options,
+            ),
+            train_dataset=conversations(),
+            eval_dataset=conversations(4),
+            processing_class=load_tokenizer(tiny_student),
+        )
+
+    whole = made("whole")
+    whole.train()
+    again = made("again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses(again)[2:] == pytest.approx(losses(whole)[2:], rel=1e-5)
+    for got, expected in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(got, expected)
+    best = made(
+        "best",
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=worst,
+    )
+    best.train()
+    scores = {e["step"]: e["eval_loss"] for e in best.state.log_history if "eval_loss" in e}
+    assert (max if worst else min)(scores, key=scores.get) == (1 if worst else 4)
+    assert best.evaluate()["eval_loss"] == pytest.approx(scores[1 if worst else 4], rel=1e-5)
+
+
+def test_a_teacher_with_other_tokens_is_refused(tmp_path, tiny_teacher, tiny_student):
+    other = shuffled_tokenizer(tiny_teacher, tmp_path / "other")
+    with pytest.raises(UserError, match="^teacher_model_name_or_path: expected the student's tok"):
+        trainer(tmp_path, other, tiny_student)
+
+
+def test_the_card_of_a_run_after_one_that_was_killed(tmp_path, tiny_teacher, tiny_student):
+    run = trainer(tmp_path, tiny_teacher, tiny_student)
+    left = tmp_path / ".tdkd-unfinished" / "checkpoint-1"
+    left.mkdir(parents=True)
+    run.create_model_card()
+    assert (tmp_path / "README.md").stat().st_size
+    assert not left.parent.exists()

@@ -141,3 +141,12 @@ def test_excess_is_measured_in_last_places_of_a_row():
     assert verify.excess(got, exact.float(), exact, 0.0, False) == float("inf")
     assert ops.__all__  # the subjects are public ops
     assert set(verify.SUBJECTS) <= set(ops.__all__)
+
+
+@pytest.mark.parametrize("op", ["td_loss", "linear_td_loss"])
+def test_quick_cases_hold_finite_masks(op):
+    draws = [
+        verify.Draw(seed, torch.float32, torch.device("cpu"))
+        for seed in range(verify.CASES["quick"])
+    ]
+    assert any("suppressed" in verify.SUBJECTS[op](draw).note for draw in draws)

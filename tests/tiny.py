@@ -80,3 +80,17 @@ def save_writer(path, tokenizer_path):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def shuffled_tokenizer(model, path):
+    """A model whose tokenizer has two letters the other way round."""
+    import json
+    import shutil
+
+    shutil.copytree(model, path)
+    file = path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(content))
+    return path

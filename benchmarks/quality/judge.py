@@ -55,7 +55,7 @@ def on_its_own(
         scores: list[float] = []
         for first in range(0, len(data), BATCH * 2):
             part = data[first : first + BATCH * 2]
-            prompts = [records.prompt_ids(record["prompt"], tokenizer) for record in part]
+            prompts = [records.prompt_ids(record, tokenizer) for record in part]
             drawn = sample(
                 student, tokenizer, prompts, max_new_tokens=new_tokens,
                 top_k=student.config.vocab_size, temperature=1.0, seed=seed + first,

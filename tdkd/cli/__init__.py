@@ -149,6 +149,9 @@ def _evaluate(
     output: Annotated[str, typer.Option(help="JSON to write")],
     max_examples: Annotated[int | None, typer.Option(help="the first so many records")] = None,
     max_length: Annotated[int, typer.Option(help="tokens of prompt and completion")] = 512,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="columns at and above it are padding, of either model")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="sequences at a time")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="length of an answer")] = 128,
     temperature: Annotated[float, typer.Option(help="of the answers; 0 is greedy")] = 0.0,
@@ -167,6 +170,7 @@ def _evaluate(
         output=output,
         max_examples=max_examples,
         max_length=max_length,
+        vocab_size=vocab_size,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -23,6 +23,7 @@ from tdkd.errors import UserError
 from tdkd.models import (
     Head,
     check_device,
+    check_positions,
     eos_beside,
     last_hidden_state,
     lm_head,
@@ -119,6 +120,7 @@ def run(
         data, "data", own, max_length=max_length, assistant_only_loss=assistant_only_loss
     )
     teacher = load_model(model, dtype=dtype, device=processes.device, argument="model")
+    check_positions(max(map(len, examples["input_ids"])), "max-length", teacher)
     head = lm_head(teacher)
     columns = head.weight.shape[0]
     if vocab_size is not None and vocab_size > columns:

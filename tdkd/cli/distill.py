@@ -39,6 +39,10 @@ class DataConfig:
     )
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Of the student's weights; auto is the checkpoint's own."""
+
+
 class SameTokens(TDTrainer):
     """On a cache whose tokens are those that the student's chat template makes of the data."""
 
@@ -104,9 +108,9 @@ def run(args: list[str]) -> None:
     else:
         if data.train_file is None:
             raise UserError("train_file: expected a JSONL file, got none")
-        train = load_data(data.train_file, "train_file", tokenizer, config.max_length)
+        train = load_data(data.train_file, "train_file", tokenizer)
         if data.eval_file is not None:
-            held_out = load_data(data.eval_file, "eval_file", tokenizer, config.max_length)
+            held_out = load_data(data.eval_file, "eval_file", tokenizer)
     # logits do not exist, so that evaluation can only give losses
     config.prediction_loss_only = True
 
@@ -138,6 +142,13 @@ def run(args: list[str]) -> None:
         if last is not None:
             console.print(f"resuming from {last}", markup=False, soft_wrap=True)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if last is not None and trainer.state.global_step == checkpoints.step(last):
+            console.print(
+                "it was at the last step already: nothing was trained; for other settings take "
+                "another output_dir or resume: false",
+                markup=False,
+                soft_wrap=True,
+            )
     if trainer.is_world_process_zero():
         save_whole(trainer, tokenizer, output)
         records.write_whole(output / "log.json", trainer.state.log_history)
@@ -159,6 +170,17 @@ def _check_options(data: DataConfig, config: TDConfig, model: ModelConfig) -> No
     Raises:
         UserError: naming the first one that was given.
     """
+    paths = {
+        **vars(data),
+        "output_dir": config.output_dir,
+        "model_name_or_path": model.model_name_or_path,
+        "teacher_model_name_or_path": config.teacher_model_name_or_path,
+    }
+    for name, path in paths.items():
+        if name != "resume" and not isinstance(path, str | None):
+            raise UserError(f"{name}: expected one path, got {path!r}")
+    if model.dtype not in DTYPES:
+        raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {model.dtype!r}")
     for name, given, default, instead in (
         ("model_init_kwargs", config.model_init_kwargs or {}, {}, "see dtype, attn_implementation"),
         ("resume_from_checkpoint", config.resume_from_checkpoint, None, "resume takes the last"),
@@ -168,6 +190,10 @@ def _check_options(data: DataConfig, config: TDConfig, model: ModelConfig) -> No
     ):
         if given != default:
             raise UserError(f"{name}: expected it to be left out ({instead}), got {given!r}")
+    if config.eval_strategy == "no" and data.eval_file is not None and config.teacher == "live":
+        raise UserError(
+            f"eval_file: expected none without eval_strategy (steps or epoch), got {data.eval_file}"
+        )
     if config.eval_strategy != "no" and data.eval_file is None:
         raise UserError(
             f"eval_strategy: expected 'no' without eval_file, got {str(config.eval_strategy)!r}"
@@ -247,13 +273,12 @@ def _kind(value: Any) -> str:
     return "null" if value is None else f"a value such as {str(value)[:40]!r}"
 
 
-def load_data(
-    path: str, argument: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> Dataset:
-    """Records for TRL, which tokenises them; those that say ``truncated`` are tokenised here.
+def load_data(path: str, argument: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Records, whose text the trainer will tokenise.
 
-    A chat template closes every answer. An answer that was cut has no end to learn, and its last
-    state no known successor.
+    Raises:
+        UserError: there are none, they cannot be read or are not of one kind, or they need a chat
+            template that the tokenizer has not.
     """
     _check_lines(path, argument)
     try:
@@ -269,28 +294,13 @@ def load_data(
         if isinstance(cause, OSError):
             raise cause from error
         raise UserError(f"{argument}: expected JSONL records in {path}, got {cause}") from error
-    columns = set(loaded.column_names)
     sample: dict[str, Any] = loaded[0]
     if is_chat(sample) and not tokenizer.chat_template:
         raise UserError(
             f"model_name_or_path: expected a tokenizer with a chat template for the conversations "
             f"in {path}, got none"
         )
-    if "truncated" not in columns:
-        return loaded
-
-    if not isinstance(sample.get("prompt"), list) or "completion" not in columns:
-        raise UserError(
-            f"{argument}: expected chat messages as prompt and completion where records say "
-            f"truncated, got {path} with {', '.join(sorted(columns))}"
-        )
-
-    def tokens(record: dict[str, Any]) -> dict[str, list[int]]:
-        encoded = records.encode(record, tokenizer, max_length or 1 << 30)
-        ids = [*encoded.prompt, *encoded.completion]
-        return {"input_ids": ids, "labels": [-100] * len(encoded.prompt) + encoded.completion}
-
-    return loaded.map(tokens, remove_columns=loaded.column_names, desc="Tokenising")
+    return loaded
 
 
 def is_chat(record: dict[str, Any]) -> bool:
@@ -322,10 +332,10 @@ def prepared(
         # or this configuration would make the CPU the device of the process
         accelerator_config={"use_configured_state": True},
     )
-    loaded = load_data(path, argument, tokenizer, max_length)
+    loaded = load_data(path, argument, tokenizer)
     template = None
     if assistant_only_loss:
-        if not is_chat(loaded[0]):
+        if not is_chat(loaded[0]) or "truncated" in loaded.column_names:
             raise UserError(
                 "assistant-only-loss: expected chat messages that do not say truncated, got "
                 f"{path} with {', '.join(sorted(loaded.column_names))}"
@@ -340,8 +350,9 @@ def prepared(
         chat_template=template,
         completion_only_loss={"prompt", "completion"} <= set(loaded.column_names),
     )
+    tokenised = records.encode_truncated(loaded, tokenizer, argument)
     made = SFTTrainer._prepare_dataset(
-        trainer, loaded, tokenizer, config, packing=False, formatting_func=None,
+        trainer, tokenised, tokenizer, config, packing=False, formatting_func=None,
         dataset_name=argument,
     )  # fmt: skip
     if not len(made):

@@ -17,7 +17,15 @@ from tdkd import records
 from tdkd.cli.console import console, progress_bar
 from tdkd.cli.generate import sample
 from tdkd.errors import UserError
-from tdkd.models import Head, last_hidden_state, lm_head, load_model, load_tokenizer
+from tdkd.models import (
+    Head,
+    check_positions,
+    check_tokenizer,
+    last_hidden_state,
+    lm_head,
+    load_model,
+    load_tokenizer,
+)
 
 # Rows of logits that exist at a time: teacher and student, in float32.
 CHUNK_ROWS = 256
@@ -39,6 +47,7 @@ def evaluate(
     data: list[records.Record],
     *,
     max_length: int = 512,
+    vocab_size: int | None = None,
     batch_size: int = 16,
     rouge: bool = True,
     max_new_tokens: int = 64,
@@ -54,6 +63,7 @@ def evaluate(
         tokenizer: of both.
         data: records with a prompt and a completion or references.
         max_length: tokens of prompt and completion that count.
+        vocab_size: columns at and above it are padding; for models that pad differently.
         batch_size: sequences a forward.
         rouge: let the student answer, and score the answers (best over references, stemmed).
         max_new_tokens: length of an answer.
@@ -63,13 +73,19 @@ def evaluate(
     Returns:
         The metrics of ``METRICS``, ``examples``, ``positions``, and ``samples``.
     Raises:
-        UserError: vocabularies differ, or no record has a response within ``max_length``.
+        UserError: vocabularies differ, no record has a response within ``max_length``, or one is
+            longer than the models can be given.
     """
     heads = lm_head(student), lm_head(teacher)
-    if heads[0].weight.shape[0] != heads[1].weight.shape[0]:
+    sizes = heads[0].weight.shape[0], heads[1].weight.shape[0]
+    if vocab_size is None and sizes[0] != sizes[1]:
         raise UserError(
-            f"teacher: expected the student's vocabulary of {heads[0].weight.shape[0]}, got "
-            f"{heads[1].weight.shape[0]}"
+            f"teacher: expected the student's vocabulary of {sizes[0]}, got {sizes[1]}; where they "
+            "differ by padding alone, set vocab-size"
+        )
+    if vocab_size is not None and not 1 <= vocab_size <= min(sizes):
+        raise UserError(
+            f"vocab-size: expected 1 to {min(sizes)}, the smaller vocabulary, got {vocab_size}"
         )
     encoded = [records.encode(record, tokenizer, max_length) for record in data]
     order = sorted(
@@ -78,6 +94,11 @@ def evaluate(
     )
     if not order:
         raise UserError(f"data: expected responses within max-length {max_length}, got none")
+    longest = len(encoded[order[-1]].prompt) + len(encoded[order[-1]].completion)
+    check_positions(longest, "max-length", student, teacher)
+    if rouge or samples:
+        longest = max(len(encoded[i].prompt) for i in order)
+        check_positions(longest + max_new_tokens, "max-new-tokens", student)
     sums = torch.zeros(5, dtype=torch.float64)
     positions = 0
     with progress_bar() as progress, torch.inference_mode():
@@ -87,7 +108,8 @@ def evaluate(
             ids, mask, states, tokens = collate(batch, tokenizer.pad_token_id, student.device)
             inputs = {"input_ids": ids, "attention_mask": mask}
             hidden = [last_hidden_state(m, **inputs)[states] for m in (student, teacher)]
-            sums += compare(hidden[0], heads[0], hidden[1], heads[1], tokens).sum(0).cpu()
+            rows = compare(hidden[0], heads[0], hidden[1], heads[1], tokens, vocab_size)
+            sums += rows.sum(0).cpu()
             positions += tokens.numel()
             progress.update(task, advance=len(batch))
     kl, reverse_kl, top1, acceptance, nll = (sums / positions).tolist()
@@ -139,6 +161,7 @@ def run(
     output: str,
     max_examples: int | None,
     max_length: int,
+    vocab_size: int | None,
     batch_size: int,
     max_new_tokens: int,
     temperature: float,
@@ -159,12 +182,14 @@ def run(
     records.check_output(Path(output))
     loaded = records.read(data, answered=True)[:max_examples]
     tokenizer = load_tokenizer(model, chat=True)
+    check_tokenizer(teacher, tokenizer)
     result = evaluate(
         load_model(model, device=device),
         load_model(teacher, device=device, argument="teacher"),
         tokenizer,
         loaded,
         max_length=max_length,
+        vocab_size=vocab_size,
         batch_size=batch_size,
         rouge=rouge,
         max_new_tokens=max_new_tokens,
@@ -203,15 +228,20 @@ def collate(
 
 
 def compare(
-    student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head, tokens: Tensor
+    student_hidden: Tensor,
+    student: Head,
+    teacher_hidden: Tensor,
+    teacher: Head,
+    tokens: Tensor,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """KL, reverse KL, top-1 agreement, acceptance and negative log-likelihood of N rows, float64
     ``[N, 5]``; no more than ``CHUNK_ROWS`` of them have logits at a time."""
     parts = []
     for start in range(0, tokens.numel(), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
-        log_q = student.logits(student_hidden[rows]).log_softmax(-1)
-        log_p = teacher.logits(teacher_hidden[rows]).log_softmax(-1)
+        log_q = student.logits(student_hidden[rows])[:, :vocab_size].log_softmax(-1)
+        log_p = teacher.logits(teacher_hidden[rows])[:, :vocab_size].log_softmax(-1)
         parts.append(_compare(log_p, log_q, tokens[rows]))
     return torch.cat(parts)
 

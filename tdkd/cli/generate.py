@@ -20,7 +20,7 @@ from transformers import (
 from tdkd import records
 from tdkd.cli.console import console, progress_bar
 from tdkd.errors import UserError
-from tdkd.models import eos_token_ids, load_model, load_tokenizer
+from tdkd.models import check_positions, eos_token_ids, load_model, load_tokenizer
 
 
 class TopKSampler(LogitsProcessor):
@@ -147,7 +147,7 @@ def run(
             teacher, tokenizer, out, num_examples, max_prompt_tokens, batch_size, seed, sampling
         )
         given = [{"prompt": text} for text in written]
-    encoded = [records.prompt_ids(record["prompt"], tokenizer) for record in given]
+    encoded = [records.prompt_ids(record, tokenizer) for record in given]
     # neighbours of one length waste no padding
     order = sorted(range(len(given)), key=lambda i: (len(encoded[i]), i))
     order = [i for i in order if len(encoded[i]) <= max_prompt_tokens + _overhead(tokenizer)]
@@ -160,6 +160,7 @@ def run(
             f"{len(given) - len(order)} prompts are longer than {max_prompt_tokens}", markup=False
         )
 
+    check_positions(len(encoded[order[-1]]) + max_new_tokens, "max-new-tokens", teacher)
     size = out.stat().st_size if out.exists() else 0
     done = records.keep_lines(out, batch_size, len(order))
     if size and out.stat().st_size < size:
@@ -249,13 +250,13 @@ def _write_prompts(
 
 def _user_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     marker = "\u241f"
-    text = tokenizer.apply_chat_template([{"role": "user", "content": marker}], tokenize=False)
+    text = records.render([{"role": "user", "content": marker}], tokenizer)
     return tokenizer(text.split(marker)[0], add_special_tokens=False).input_ids
 
 
 def _overhead(tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens that the chat template adds to a prompt."""
-    return len(records.prompt_ids("", tokenizer))
+    return len(records.prompt_ids({"prompt": ""}, tokenizer))
 
 
 def _batch_seed(seed: int, stage: str, batch: int) -> int:

@@ -19,7 +19,7 @@ from tdkd.cli.console import console, progress_bar
 from tdkd.cli.evaluate import collate
 from tdkd.cli.generate import sample
 from tdkd.errors import UserError
-from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer
+from tdkd.models import check_positions, last_hidden_state, lm_head, load_model, load_tokenizer
 
 PS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 REACHED = 1 - 1e-5
@@ -171,10 +171,13 @@ def _encoded(
     asked = []
     for record in data:
         if record.get("completion") is None:
-            asked.append(records.prompt_ids(record["prompt"], tokenizer)[:max_length])
+            asked.append(records.prompt_ids(record, tokenizer)[:max_length])
         else:
             encoded.append(records.encode(record, tokenizer, max_length))
     asked.sort(key=len)
+    if asked:
+        check_positions(len(asked[-1]) + max_new_tokens, "max-new-tokens", teacher)
+    closing = records.closing(tokenizer)
     with progress_bar() as progress:
         task = progress.add_task("answers", total=len(asked), visible=bool(asked))
         for start in range(0, len(asked), batch_size):
@@ -183,13 +186,15 @@ def _encoded(
                 teacher, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed + start
             )
             for prompt, (tokens, truncated) in zip(prompts, drawn, strict=True):
-                whole = tokens if truncated else [*tokens, tokenizer.eos_token_id]
+                whole = tokens if truncated else [*tokens, *closing]
                 encoded.append(records.Encoded(prompt, whole[: max_length - len(prompt)]))
             progress.update(task, advance=len(prompts))
     encoded = [e for e in encoded if e.completion]
     if not encoded:
         raise UserError(f"data: expected responses within max-length {max_length}, got none")
-    return sorted(encoded, key=lambda e: len(e.prompt) + len(e.completion))
+    encoded.sort(key=lambda e: len(e.prompt) + len(e.completion))
+    check_positions(len(encoded[-1].prompt) + len(encoded[-1].completion), "max-length", teacher)
+    return encoded
 
 
 def run(
