@@ -62,11 +62,15 @@ def scale(prefix: str, temperature: float, softcap: float | None, logit_scale: f
     return Scale(temperature, softcap, logit_scale)
 
 
+def whole(name: str, value: int, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected an int >= {least}, got {value}")
+
+
 def selection(k: int, top_p: float) -> None:
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k: expected an int, got {type(k).__name__}")
-    if k < 1:
-        raise ValueError(f"k: expected an int >= 1, got {k}")
+    whole("k", k)
     number("top_p", top_p)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
@@ -99,11 +103,18 @@ def tokens(name: str, tokens: Tensor, lead: torch.Size, like: Tensor) -> None:
     same_device(name, tokens, like)
 
 
-def set_ids(name: str, ids: Tensor, lead: torch.Size, like: Tensor) -> None:
+def ordinary(x: Tensor) -> Tensor:
+    """A copy of what was made in inference mode, which autograd refuses to keep; or the tensor."""
+    # the compiler cannot ask, and keeps such tensors itself
+    return x if torch.compiler.is_compiling() or not x.is_inference() else x.clone()
+
+
+def set_ids(name: str, ids: Tensor, lead: torch.Size, like: Tensor) -> Tensor:
     integers(name, ids)
     if ids.dim() == 0 or ids.shape[:-1] != lead:
         raise ValueError(f"{name}: expected ({dims(lead)}k) ids, got {tuple(ids.shape)}")
     same_device(name, ids, like)
+    return ordinary(ids)
 
 
 def action_sets(
@@ -113,6 +124,8 @@ def action_sets(
         raise TypeError(f"actions: expected an ActionSet, got {type(actions).__name__}")
     ids, log_probs, _ = actions
     set_ids("actions", ids, lead, like)
+    if not ids.shape[-1]:
+        raise ValueError("actions: expected sets with room for at least one id, got none")
     floating("actions.log_probs", log_probs)
     same_shape("actions.log_probs", log_probs, ids.shape, "actions.ids")
     same_device("actions.log_probs", log_probs, like)
@@ -123,10 +136,10 @@ def action_sets(
                 "actions.log_probs: expected log-probabilities, at most 0, got "
                 f"{float(log_probs[above][0]):g}"
             )
-    return actions._replace(log_probs=log_probs.detach())
+    return ActionSet(ordinary(ids), ordinary(log_probs.detach()), actions.count)
 
 
-def successor(successor: Tensor, shape: torch.Size, like: Tensor) -> None:
+def successor(successor: Tensor, shape: torch.Size, like: Tensor) -> Tensor:
     integers("successor", successor)
     same_shape("successor", successor, shape, "the rows")
     same_device("successor", successor, like)
@@ -137,6 +150,7 @@ def successor(successor: Tensor, shape: torch.Size, like: Tensor) -> None:
                 f"successor: expected rows from 0 to {successor.numel() - 1}, -1 or -2, got "
                 f"{low if low < -2 else high}"
             )
+    return ordinary(successor)
 
 
 def same_shape(name: str, x: Tensor, shape: torch.Size, of: str) -> None:

@@ -166,7 +166,7 @@ def gather_q(
     """
     _check.floating("logits", logits)
     scale = _check.scale("", temperature, softcap, logit_scale)
-    _check.set_ids("ids", ids, logits.shape[:-1], logits)
+    ids = _check.set_ids("ids", ids, logits.shape[:-1], logits)
     if check:
         _check.ids_below("ids", ids, logits.shape[-1])
     op = _gather_q if _fused(impl, logits, k=ids.shape[-1]) else _gather_q_reference
@@ -279,7 +279,7 @@ def td_target(
         NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
     _check.floating("value", value, dims=0)
-    _check.successor(successor, value.shape, value)
+    successor = _check.successor(successor, value.shape, value)
     _check.within("gamma", gamma, 0.0, 1.0)
     if lam is not None:
         _check.within("lam", lam, 0.0, 1.0)
@@ -551,7 +551,7 @@ def linear_gather_q(
     """
     weight, bias = _check.head("hidden", hidden, "weight", weight, "bias", bias, None)
     scale = _check.scale("", temperature, softcap, logit_scale)
-    _check.set_ids("ids", ids, hidden.shape[:-1], hidden)
+    ids = _check.set_ids("ids", ids, hidden.shape[:-1], hidden)
     if _check.looked_at(ids, check):
         _check.ids_below("ids", ids, weight.shape[0])
     rows = ids.shape[:-1].numel()
@@ -658,7 +658,7 @@ def linear_log_probs(
     weight, bias = _check.head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
     scale = _check.scale("", temperature, softcap, logit_scale)
     lead = hidden.shape[:-1]
-    _check.set_ids("ids", ids, lead, hidden)
+    ids = _check.set_ids("ids", ids, lead, hidden)
     if _check.looked_at(ids, check):
         _check.ids_below("ids", ids, weight.shape[0])
     k = ids.shape[-1]
@@ -704,7 +704,7 @@ def batch_vocabulary(
     Returns:
         ``Vocabulary(ids int32 (M,) ascending, log_weight float32 (M,))``; -1 and -inf where padded.
     Raises:
-        TypeError: ``law`` is not floating point.
+        TypeError: ``law`` is not floating point, or a size is no int.
         ValueError: ``extra`` is negative, ``vocab_size`` < 1, ``law`` has another shape, or (on a
             CPU) holds a number that is no chance, a member is >= ``vocab_size`` or ``capacity`` is
             too small.
@@ -712,12 +712,10 @@ def batch_vocabulary(
     """
     if not isinstance(actions, ActionSet):
         raise TypeError(f"actions: expected an ActionSet, got {type(actions).__name__}")
-    if vocab_size < 1:
-        raise ValueError(f"vocab_size: expected a number >= 1, got {vocab_size!r}")
-    if extra < 0:
-        raise ValueError(f"extra: expected a number >= 0, got {extra!r}")
-    if capacity is not None and capacity < 1:
-        raise ValueError(f"capacity: expected a number >= 1, got {capacity!r}")
+    _check.whole("vocab_size", vocab_size)
+    _check.whole("extra", extra, least=0)
+    if capacity is not None:
+        _check.whole("capacity", capacity)
     if law is not None:
         _check.floating("law", law)
         _check.same_shape("law", law, torch.Size([vocab_size]), "the vocabulary")
@@ -1037,7 +1035,7 @@ def _weighted_columns(
         if bool((ids[1:] <= ids[:-1])[ids[1:] >= 0].any()):
             raise ValueError("vocabulary.ids: expected ascending, distinct ids, padded at the end")
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    return Vocabulary(ids, log_weight.detach().to(wide))
+    return Vocabulary(_check.ordinary(ids), _check.ordinary(log_weight.detach().to(wide)))
 
 
 def _holds(vocabulary: Vocabulary, ids: Tensor, check: bool) -> None:
@@ -1113,7 +1111,7 @@ def _td_rows(
         )
     if successor is None:
         successor = successors(tokens.reshape(lead or (1,)), ignore_index=ignore_index).view(lead)
-    _check.successor(successor, lead, tokens)
+    successor = _check.successor(successor, lead, tokens)
     k = actions.ids.shape[-1]
     return TDRows.of(
         actions.ids.reshape(tokens.numel(), k),

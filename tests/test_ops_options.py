@@ -570,7 +570,7 @@ REFUSED = {
     "vocabulary of nothing": (lambda: ops.batch_vocabulary(SETS, 0), "vocab_size: .* got 0"),
     "vocabulary capacity": (
         lambda: ops.batch_vocabulary(SETS, 5, capacity=0),
-        "capacity: expected a number >= 1, got 0",
+        "capacity: expected an int >= 1, got 0",
     ),
     "vocabulary law dtype": (
         lambda: ops.batch_vocabulary(SETS, 5, law=torch.ones(5, dtype=torch.int64)),
@@ -1650,3 +1650,61 @@ def test_second_gradients_are_those_of_the_reference_or_refused(name):
     if backends.why_not(x) is None:
         with pytest.raises(RuntimeError, match="no second gradients, .*impl=.reference. has them"):
             gradient("auto").square().sum().backward()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_what_was_made_in_inference_mode_serves(dense, linear, impl):
+    """Sets of a teacher are often made there, and autograd refuses to keep such tensors."""
+    student, teacher, tokens = (x.flatten(0, 1)[:5] for x in dense)
+    hidden, weight = linear["student_hidden"].flatten(0, 1)[:5], linear["student_weight"]
+    options = {"q": "log_prob", "objective": ForwardKL(tail=True) + IQLearn(), "impl": impl}
+
+    def made():
+        taken = torch.where(tokens < 0, -1, tokens)
+        actions = ops.select_actions(teacher.float(), 6, include=taken)
+        chosen = ops.batch_vocabulary(
+            actions, V, extra=9, generator=torch.Generator().manual_seed(1)
+        )
+        level = draw(5, seed=7, dtype=torch.float32)
+        return actions, chosen, ops.successors(tokens), level, level.abs(), teacher.float()
+
+    def gradients(actions, chosen, successor, level, share, teacher):
+        leaves = [x.float().requires_grad_() for x in (student, hidden, weight)]
+        z, h, w = leaves
+        rows = {"successor": successor, "target_value": level, "expert_weight": share, **options}
+        parts = (
+            ops.gather_q(z, actions.ids, impl=impl),
+            ops.linear_gather_q(h, w, actions.ids, impl=impl),
+            ops.linear_log_probs(h, w, actions.ids, impl=impl).log_probs,
+            ops.td_target(z[:, 0], successor, gamma=0.9, impl=impl),
+            ops.td_loss(z, teacher, tokens, k=6, **rows).loss,
+            ops.linear_td_loss(h, w, tokens, actions=actions, **rows).loss,
+            ops.linear_td_loss(
+                h, w, tokens, actions=actions, normaliser="batch", vocabulary=chosen, **rows
+            ).loss,
+        )
+        total = sum(torch.where(x.isfinite(), x, 0.0).square().sum() for x in parts)
+        return torch.autograd.grad(total, leaves)
+
+    expected = gradients(*made())
+    with torch.inference_mode():
+        given = made()
+    assert given[0].ids.is_inference()
+    for got, wanted in zip(gradients(*given), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_sizes_are_whole_numbers_and_sets_have_room(dense):
+    _, teacher, tokens = dense
+    actions = ops.select_actions(teacher.float(), 3)
+    for name, wrong in (("vocab_size", float(V)), ("extra", 1.5), ("capacity", True)):
+        sizes = {"vocab_size": V, name: wrong}
+        with pytest.raises(
+            TypeError, match=f"^{name}: expected an int, got {type(wrong).__name__}"
+        ):
+            ops.batch_vocabulary(actions, **sizes)
+    nothing = ops.ActionSet(
+        torch.empty(2, 5, 0, dtype=torch.int32), torch.empty(2, 5, 0), torch.zeros(2, 5)
+    )
+    with pytest.raises(ValueError, match="^actions: expected sets with room for at least one id"):
+        ops.linear_td_loss(torch.ones(2, 5, 3), torch.ones(V, 3), tokens, actions=nothing)

@@ -21,7 +21,7 @@ USAGE_ERROR: Any = typer.BadParameter.__base__
 
 # The functions have names of their own: tdkd.cli.generate is the module.
 Device = Annotated[str, typer.Option(help="torch device")]
-Seed = Annotated[int, typer.Option(help="seed of what is sampled")]
+Seed = Annotated[int, typer.Option(help="seed of what is sampled", min=0, max=2**32 - 1)]
 
 
 @app.command("info")

@@ -37,7 +37,7 @@ def run(
     if objective is None:
         findings = _of_ops(device, op, dtype, count, seed)
     elif op or dtype:
-        raise UserError("objective: expected neither op nor dtype beside it, got both")
+        raise UserError("objective: expected neither op nor dtype beside it, got one")
     else:
         findings = _of_objective(objective, device, count, seed)
     table = Table(title=f"tdkd verify, {findings[0].backend}, torch {torch.__version__}")
