@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdkd.kernels.td_target.reference import td_target
 from tdkd.objectives.base import Objective, number_in, one_of, positive
 from tdkd.types import Rows
 
@@ -109,11 +110,7 @@ class SoftTD(Objective):
         theirs = torch.where(theirs > -torch.inf, theirs, value.detach())
         if self.rowwise:
             return rows.gamma * (rows.next_value - rows.following(theirs))
-        from tdkd import ops  # which imports this module
-
         ahead = value - theirs
         for _ in range(self.steps):
-            ahead = ops.td_target(
-                ahead, rows.successor, gamma=rows.gamma, lam=self.lam, impl="reference"
-            )
+            ahead = td_target(ahead, rows.successor, None, gamma=rows.gamma, lam=self.lam)
         return ahead
