@@ -39,6 +39,7 @@ from tdkd.models import (
 from tdkd.objectives import CrossEntropy, IQLearn, ObjectiveLike, as_objective
 
 try:
+    from accelerate import PartialState
     from accelerate.utils import DynamoBackend
     from transformers import PreTrainedModel
     from trl import SFTTrainer
@@ -300,9 +301,12 @@ class TDTrainer(SFTTrainer):
         """TRL's, but that answers which say ``truncated`` are not closed by the chat template."""
         if formatting_func is None:
             argument = f"{dataset_name}_dataset"
-            encoded = records.encode_truncated(
-                dataset, self._tokenizer, argument, args.dataset_num_proc
-            )
+            state = PartialState()
+            # as TRL does: one process makes what the others find in the cache of datasets
+            with state.main_process_first(), state.local_main_process_first():
+                encoded = records.encode_truncated(
+                    dataset, self._tokenizer, argument, args.dataset_num_proc
+                )
             if encoded is not dataset and args.assistant_only_loss:
                 raise UserError(
                     f"assistant_only_loss: expected False where records of {argument} say "
