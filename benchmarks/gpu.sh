@@ -20,13 +20,25 @@ else
     unset TRITON_INTERPRET
 fi
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+[[ -n $REHEARSE ]] || nvidia-smi >/dev/null || {
+    echo "gpu.sh: expected a GPU, for nvidia-smi finds none here; nothing was run or removed" >&2
+    exit 2
+}
 mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
 export OUT
 LOGS=$(mktemp -d)
 trap 'rm -rf "$LOGS"' EXIT
-rm -f "$OUT"/gpu{.json,.png,.log} "$OUT"/gpu-{environment,tuned,breakdown}.json "$OUT/gpu-summary.txt"
+# What a stage writes goes before it, so that no earlier result is taken for this run's; those of
+# stages that were not asked for stay.
+rm -f "$OUT"/gpu{.log,-summary.txt}
 touch "$OUT/gpu-summary.txt"
+for stage in $STAGES; do
+    case $stage in
+    environment | tune | breakdown) rm -f "$OUT/gpu-${stage/%tune/tuned}.json" ;;
+    bench) rm -f "$OUT"/gpu{.json,.png} ;;
+    esac
+done
 
 left() { echo $((LIMIT - SECONDS)); }
 

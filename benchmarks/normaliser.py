@@ -54,7 +54,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
     tokenizer = load_tokenizer(options.teacher, chat=True)
     teacher = load_model(options.teacher)
-    encoded = [records.encode(r, tokenizer, max_length=128) for r in records.read(options.data)]
+    chat = records.Chat(tokenizer)
+    encoded = [chat.encode(r, max_length=128) for r in records.read(options.data)]
     students = {}
     print("| student | m | law | columns | bias of log Z | spread | gradient, error | cosine |")
     print("|---|---|---|---|---|---|---|---|")

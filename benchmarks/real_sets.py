@@ -29,8 +29,9 @@ def main() -> None:
     tokenizer = load_tokenizer(str(directory / "teacher"), chat=True)
     teacher = load_model(str(directory / "teacher"))
     head = lm_head(teacher)
+    chat = records.Chat(tokenizer)
     answers = [
-        records.encode(record, tokenizer, max_length=128)
+        chat.encode(record, max_length=128)
         for name in ("heldout.jsonl", "train.jsonl")
         for record in records.read(str(directory / name))
     ]

@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
@@ -43,7 +44,7 @@ from tdkd.trainer import TDConfig, TDTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "demo" / "td.yaml"
-SCHEMA = 1
+SCHEMA = 2
 AGAINST, SHARED = "tdkd batch", "bodies alone"
 Batch = dict[str, Tensor]
 
@@ -246,7 +247,8 @@ class Result(NamedTuple):
     ratio: float | None = None
     """median over that of ``against``: above 1 is slower."""
     beyond_bodies_s: float | None = None
-    """median less that of the bodies alone: heads and loss."""
+    """heads and loss: median over the rounds of the step less that round's of the bodies alone."""
+    beyond_bodies_quartiles_s: tuple[float, float] | None = None
     response_tokens_per_s: float | None = None
     """median of the steps', as of ``tokens_per_s``, which counts no padding."""
     tokens_per_s: float | None = None
@@ -292,7 +294,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=10, help="of each rival")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/step.json")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--show", type=Path, help="instead: the table of a run's JSON")
     options = parser.parse_args(arguments)
+    if options.show is not None:
+        shown: dict[str, Any] = json.loads(options.show.read_text())
+        print(table(shown))
+        return shown
     records.check_at_least(1, steps=options.steps)
     make_directory(options.output.parent)
     disable_progress_bars()
@@ -329,10 +336,8 @@ def prepared(models: Path, device: str, scratch: str) -> tuple[Setup, dict[str, 
         load_model(models / name, device=device) for name in ("teacher", students[0])
     )
     longest = yaml.safe_load(DEMO.read_text())["max_length"]
-    encoded = [
-        records.encode(record, tokenizer, longest)
-        for record in records.read(models / "train.jsonl")
-    ]
+    chat = records.Chat(tokenizer)
+    encoded = [chat.encode(record, longest) for record in records.read(models / "train.jsonl")]
     data = Dataset.from_list(
         [
             {
@@ -420,6 +425,7 @@ def measure(setup: Setup, steps: int) -> tuple[list[dict[str, int]], list[Result
         taken[step.rival.name] = peak_extra_bytes(lambda _, step=step: step(longest), given)
 
     sizes = [size(batch) for batch in batches]
+    shared = times[SHARED]
     medians = {name: quartiles(each)[1] for name, each in times.items() if each}
 
     def results() -> Iterator[Result]:
@@ -429,6 +435,7 @@ def measure(setup: Setup, steps: int) -> tuple[list[dict[str, int]], list[Result
                 yield Result(name, rival.what, skipped=skipped[name])
                 continue
             low, median, high = quartiles(times[name])
+            beyond = beyond_bodies(times[name], shared) if shared else None
 
             def rate(tokens: str, taken: list[float] = times[name]) -> float:
                 return statistics.median(
@@ -443,7 +450,8 @@ def measure(setup: Setup, steps: int) -> tuple[list[dict[str, int]], list[Result
                 median_s=median,
                 quartiles_s=(low, high),
                 ratio=median / medians[AGAINST] if AGAINST in medians else None,
-                beyond_bodies_s=median - medians[SHARED] if SHARED in medians else None,
+                beyond_bodies_s=beyond[1] if beyond else None,
+                beyond_bodies_quartiles_s=(beyond[0], beyond[2]) if beyond else None,
                 response_tokens_per_s=rate("response_tokens"),
                 tokens_per_s=rate("tokens"),
                 peak_extra_bytes=taken[name],
@@ -451,6 +459,12 @@ def measure(setup: Setup, steps: int) -> tuple[list[dict[str, int]], list[Result
             )
 
     return sizes, list(results())
+
+
+def beyond_bodies(times: Sequence[float], bodies: Sequence[float]) -> tuple[float, float, float]:
+    """Quartiles of what a step takes beyond the bodies alone on the same batch, in the same round:
+    a round that the machine was slow in is so for both."""
+    return quartiles([taken - shared for taken, shared in zip(times, bodies, strict=True)])
 
 
 def size(batch: Batch) -> dict[str, int]:
@@ -463,15 +477,18 @@ def size(batch: Batch) -> dict[str, int]:
     }
 
 
-COLUMNS = ("rival", "median s", "quartiles", "ratio", "beyond bodies s", "response tok/s", "tok/s",
-           "extra MB")  # fmt: skip
+COLUMNS = ("rival", "median s", "quartiles", "ratio", "beyond bodies s", "quartiles",
+           "response tok/s", "tok/s", "extra MB")  # fmt: skip
 
 
 def table(run: dict[str, Any]) -> str:
+    """Of a run, or of its JSON; what is beyond the bodies is told from the rounds in it."""
     rows = [COLUMNS]
+    shared = next(r["times_s"] for r in run["rivals"] if r["rival"] == SHARED)
     for r in run["rivals"]:
         if r["skipped"] is None:
             low, high = r["quartiles_s"]
+            first, beyond, third = beyond_bodies(r["times_s"], shared) if shared else [None] * 3
             extra = r["peak_extra_bytes"]
             rows.append(
                 (
@@ -479,7 +496,8 @@ def table(run: dict[str, Any]) -> str:
                     f"{r['median_s']:.3f}",
                     f"{low:.3f}-{high:.3f}",
                     f"{r['ratio']:.2f}" if r["ratio"] else "",
-                    f"{r['beyond_bodies_s']:.3f}" if r["beyond_bodies_s"] is not None else "",
+                    "" if beyond is None else f"{beyond:.3f}",
+                    "" if beyond is None else f"{first:.3f}-{third:.3f}",
                     f"{r['response_tokens_per_s']:.0f}",
                     f"{r['tokens_per_s']:.0f}",
                     "" if extra is None else f"{extra / 1e6:.0f}",

@@ -94,6 +94,17 @@ def integers(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected int32 or int64, got {short(x.dtype)}")
 
 
+def token_ids(name: str, given: int | Sequence[int] | Tensor) -> Tensor:
+    """int ``(n,)``: one id or several."""
+    if isinstance(given, Tensor):
+        integers(name, given)
+        return given.flatten()
+    ids = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise TypeError(f"{name}: expected an integer or several, got {given!r}")
+    return torch.tensor(ids, dtype=torch.int64)
+
+
 def tokens(name: str, tokens: Tensor, lead: torch.Size, like: Tensor) -> None:
     integers(name, tokens)
     if tokens.shape != lead:
@@ -254,11 +265,17 @@ def taken_held(name: str, rows: TDRows, tokens: Tensor) -> None:
 
 
 def chances(name: str, law: Tensor) -> None:
-    fits = (law >= 0) & law.isfinite()
-    if not looked_at(law):
+    if looked_at(law):
+        shares(name, law)
+    else:
+        fits = (law >= 0) & law.isfinite()
         torch._assert_async(fits.all(), f"{name}: expected finite numbers >= 0, got others")
-    elif not bool(fits.all()):
-        raise ValueError(f"{name}: expected finite numbers >= 0, got {float(law[~fits][0]):g}")
+
+
+def shares(name: str, x: Tensor) -> None:
+    fits = (x >= 0) & x.isfinite()
+    if not bool(fits.all()):
+        raise ValueError(f"{name}: expected finite numbers >= 0, got {float(x[~fits][0]):g}")
 
 
 def tokens_fit(tokens: Tensor, vocab: int, ignore_index: int) -> None:

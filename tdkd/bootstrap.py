@@ -70,15 +70,23 @@ def check_whole(whole: bool, *, target_network: str, value_head: bool) -> None:
 
 
 def add_value_head(student: nn.Module, width: int) -> None:
-    """Gives a student ``v(s) = hidden @ vector``, float32 ``(width,)``, zero at first.
+    """Gives a student ``v(s) = hidden @ vector``, float32 ``(width,)``, zero at first, unless it
+    has one from an earlier trainer.
 
     As a parameter of the student it is trained, clipped and reduced over ranks with it; its state
     dict does not tell.
     """
+    if NAME in student._parameters:
+        return
     device = next(student.parameters()).device
     student.register_parameter(NAME, nn.Parameter(torch.zeros(width, device=device)))
     student.register_state_dict_post_hook(_left_out)
     student.register_load_state_dict_post_hook(_not_missed)
+
+
+def remove_value_head(student: nn.Module) -> None:
+    """Takes the value head of an earlier trainer out, if there is one."""
+    student._parameters.pop(NAME, None)
 
 
 def _left_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

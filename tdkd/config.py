@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal, get_args
 
 import torch
@@ -32,17 +33,27 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "target_network": ("none", "ema"),
 }
 """Words that fields of :class:`TDConfig` may be."""
+ONLINE = (
+    "max_completion_length", "temperature", "top_k", "top_p", "teacher_mixture",
+    "generation_batch_size", "use_vllm", "vllm_gpu_memory_utilization", "replay_",
+)  # fmt: skip
+"""Fields, or how they begin, that say how the student answers."""
+MEANT = {
+    "temperature": " (see student_temperature, teacher_temperature)",
+    "top_k": " (see action_top_k)",
+    "top_p": " (see action_top_p)",
+}
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "action_top_k": (lambda x: x >= 1, ">= 1"),
     "action_top_p": (lambda x: 0 < x <= 1, "in (0, 1]"),
     "gamma": (lambda x: 0 <= x <= 1, "in [0, 1]"),
     "batch_vocabulary_extra": (lambda x: x >= 0, ">= 0"),
-    "imitation_weight": (lambda x: x >= 0, ">= 0"),
-    "td_weight": (lambda x: x >= 0, ">= 0"),
-    "td_alpha": (lambda x: x > 0, "> 0"),
+    "imitation_weight": (lambda x: 0 <= x < inf, ">= 0 and finite"),
+    "td_weight": (lambda x: 0 <= x < inf, ">= 0 and finite"),
+    "td_alpha": (lambda x: 0 < x < inf, "> 0 and finite"),
     "target_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "target_every": (lambda x: x >= 1, ">= 1"),
-    "lm_weight": (lambda x: x >= 0, ">= 0"),
+    "lm_weight": (lambda x: 0 <= x < inf, ">= 0 and finite"),
     "student_temperature": (lambda x: x > 0, "> 0"),
     "teacher_temperature": (lambda x: x > 0, "> 0"),
     "vocab_size": (lambda x: x >= 1, ">= 1"),
@@ -258,24 +269,12 @@ class TDConfig(SFTConfig):
                 "replay_size: expected it together with replay_ratio, got "
                 f"{self.replay_size} and {self.replay_ratio}"
             )
-        online_alone = ("teacher_mixture", "replay_size", "use_vllm", "generation_batch_size")
-        if not self.lmbda and any(getattr(self, name) for name in online_alone):
-            raise UserError(
-                f"lmbda: expected a number > 0 with {', '.join(online_alone[:-1])} or "
-                f"{online_alone[-1]}, got 0"
-            )
+        self._check_of_use()
         if self.use_vllm and (self.teacher_mixture or self.vocab_size is not None):
             raise UserError(
                 "use_vllm: expected False with teacher_mixture or vocab_size, which vLLM's sampler "
                 "does not know, got True"
             )
-        if self.objective is not None:
-            for name, known in self.__dataclass_fields__.items():
-                given = getattr(self, name)
-                if name.startswith(("imitation", "td_")) and given != known.default:
-                    raise UserError(
-                        f"{name}: expected it to be left out beside objective, got {given!r}"
-                    )
         if self.build_objective() is None and self.lm_weight == 0:
             raise UserError(
                 "lm_weight: expected a number > 0 where td_weight and the imitation term are 0, "
@@ -290,6 +289,25 @@ class TDConfig(SFTConfig):
         if self.bf16 is None and not torch.accelerator.is_available():  # type: ignore[has-type]
             self.bf16 = False
         super().__post_init__()
+
+    def _check_of_use(self) -> None:
+        """Refuses fields that would have no say."""
+        unused = (
+            (self.objective is not None, ("imitation", "td_"), "beside objective"),
+            (not self.td_weight, ("td_",), "with td_weight: 0"),
+            (self.imitation == "none", ("imitation_",), "with imitation: none"),
+            (self.target_network == "none", ("target_decay", "target_every"),
+             "without target_network"),
+            (not self.lmbda, ONLINE, "with lmbda: 0, which has no answers drawn"),
+        )  # fmt: skip
+        for so, names, why in unused:
+            for name, known in self.__dataclass_fields__.items():
+                given = getattr(self, name)
+                if so and name.startswith(names) and given != known.default:
+                    raise UserError(
+                        f"{name}: expected it to be left out {why}{MEANT.get(name, '')}, got "
+                        f"{given!r}"
+                    )
 
     def _check_values(self) -> None:
         """Each field by itself: one of the words that it may be, or a number in its range."""

@@ -16,6 +16,13 @@ DRIFT = 10.0
 """Nats that a mean of values may move before somebody is told."""
 
 
+def share(total: Tensor, count: Tensor | float) -> Tensor:
+    """A sum and what it is to be divided by, once those of all micro-batches and ranks are added:
+    some may have no rows. ``[2]``, float32."""
+    total = total.detach().float()
+    return torch.stack([total, torch.as_tensor(count, dtype=torch.float32, device=total.device)])
+
+
 def diagnostics(
     out: ops.TDOutput,
     tokens: Tensor,
@@ -25,7 +32,7 @@ def diagnostics(
     gamma: float,
     state_value: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Means over the rows of one micro-batch, left on the device.
+    """Means over the rows of one micro-batch, left on the device as :func:`share` makes them.
 
     Args:
         out: of the loss, over N rows that are states.
@@ -51,21 +58,22 @@ def diagnostics(
         Where V is no log-probability, the log of the student's mass stands in its place.
         With ``state_value``: its mean.
     """
-    rows = max(1, out.q.numel())
+    rows = out.q.numel()
     known = successor != -2 if gamma else torch.ones_like(successor, dtype=torch.bool)
     error = out.td_error.detach()
     metrics = {
-        "td_error": error.abs().sum() / known.sum().clamp(min=1),
-        "q": out.q.detach().sum() / rows,
-        "value": out.value.detach().sum() / rows,
-        "set_size": out.actions.count.sum() / rows,
-        "teacher_mass": out.actions.mass.sum() / rows,
+        "td_error": share(error.abs().sum(), known.sum()),
+        "q": share(out.q.sum(), rows),
+        "value": share(out.value.sum(), rows),
+        "set_size": share(out.actions.count.sum(), rows),
+        "teacher_mass": share(out.actions.mass.sum(), rows),
     }
     # one more that does not count: a batch without rows has the same entries, or ranks part
     spread = torch.where(known, error.float(), torch.nan)
     spread = torch.cat([spread, spread.new_full((1,), torch.nan)])
-    for name, share in QUANTILES.items():
-        metrics[f"td_error_{name}"] = spread.nanquantile(share).nan_to_num(0.0)
+    for name, at in QUANTILES.items():
+        quantile = spread.nanquantile(at).nan_to_num(0.0)
+        metrics[f"td_error_{name}"] = share(quantile, known.any())
     ids, log_probs, _ = out.actions
     theirs = log_probs.logsumexp(-1)
     # the taken token, once, though an id may stand twice in a caller's set
@@ -74,20 +82,21 @@ def diagnostics(
     wanted = taken - theirs
     usable = wanted.isfinite()
     ratio = torch.where(usable, wanted, 0.0) - torch.where(usable, out.q - out.value, 0.0).detach()
-    metrics["set_kl"] = ratio.sum() / usable.sum().clamp(min=1)
+    metrics["set_kl"] = share(ratio.sum(), usable.sum())
     held = theirs.isfinite()
     policy = torch.where(log_probs == -torch.inf, -torch.inf, log_probs - theirs.unsqueeze(-1))
     theirs_entropy = torch.special.entr(policy.exp()).sum(-1)
-    metrics["entropy_gap"] = torch.where(held, out.entropy - theirs_entropy, 0.0).sum() / rows
+    gap = torch.where(held, out.entropy - theirs_entropy, 0.0)
+    metrics["entropy_gap"] = share(gap.sum(), rows)
     theirs = torch.where(held, theirs, 0.0)
     if gamma < 1:
-        metrics["kappa"] = -gamma / (1 - gamma) * theirs.sum() / rows
+        metrics["kappa"] = share(-gamma / (1 - gamma) * theirs.sum(), rows)
     if out.log_mass is not None:
         value = out.value.detach() if log_prob else out.log_mass
-        metrics["student_mass"] = out.log_mass.exp().sum() / rows
-        metrics["value_gap"] = torch.where(held, value - theirs, 0.0).sum() / rows
+        metrics["student_mass"] = share(out.log_mass.exp().sum(), rows)
+        metrics["value_gap"] = share(torch.where(held, value - theirs, 0.0).sum(), rows)
     if state_value is not None:
-        metrics["state_value"] = state_value.detach().sum() / rows
+        metrics["state_value"] = share(state_value.sum(), rows)
     return metrics
 
 

@@ -131,6 +131,23 @@ def model_name(path: Path) -> str | None:
     return None
 
 
+def has_chats(path: Path) -> bool:
+    """Whether a line needs the chat template: it holds messages, or the answer of a chat."""
+    return any(_is_chat(record) for _, record in records.lines(path, ARGUMENT, lambda error: None))
+
+
+def _is_chat(record: dict[str, Any]) -> bool:
+    if isinstance(record.get("prompt", record.get("messages")), list):
+        return True
+    choices = _body(record).get("choices")
+    told = [
+        choice.get("logprobs")
+        for choice in (choices if isinstance(choices, list) else [])
+        if isinstance(choice, dict)
+    ]
+    return any(isinstance(given, dict) and given.get("content") is not None for given in told)
+
+
 def _body(record: dict[str, Any]) -> dict[str, Any]:
     for name in ("response", "body"):
         if isinstance(record.get(name), dict):
@@ -158,6 +175,7 @@ class _Reader:
     ) -> None:
         self.tokenizer, self.names = tokenizer, _Names(tokenizer)
         self.k, self.top_p, self.max_length = k, top_p, max_length
+        self.chat = records.Chat(tokenizer)
         self.eos, self.left = eos, left
 
     def __call__(self, record: dict[str, Any], number: int, place: str) -> Example | None:
@@ -186,12 +204,12 @@ class _Reader:
         if existing and (scored or echoed):
             if number:
                 return None
-            prompt, whole = self._existing(record, place)
+            prompt, whole, kept = self._existing(record, place)
             self._same_length(asked, whole, place)
             if scored:
                 positions = _scored(scored, whole, place)
             self._same_tokens(positions[: len(whole)], whole, place)
-            positions, ended = positions[len(prompt) : len(whole)], False
+            positions, ended = positions[len(prompt) : kept], False
         else:
             prompt = self._prompt(record, chat, place)
             self._same_length(asked, prompt, place)
@@ -205,7 +223,7 @@ class _Reader:
             )
         sets = [self._set(position, place) for position in positions]
         if ended and sets[-1][0] not in self.eos:
-            eos = records.closing(self.tokenizer)[-1] if chat else self.tokenizer.eos_token_id
+            eos = self.chat.end if chat else self.tokenizer.eos_token_id
             sets.append((eos, {eos: 0.0}))
         return self._example(prompt, sets, place)
 
@@ -232,7 +250,7 @@ class _Reader:
     def _prompt(self, record: dict[str, Any], chat: bool, place: str) -> list[int]:
         asked = record.get("prompt", record.get("messages"))
         if isinstance(asked, list) or (isinstance(asked, str) and chat):
-            return self._chat(records.messages(asked), place, add_generation_prompt=True)
+            return self._chat(record, records.messages(asked), place, add_generation_prompt=True)
         if isinstance(asked, str):
             ids: list[int] = self.tokenizer(asked).input_ids
             return ids
@@ -241,8 +259,9 @@ class _Reader:
             f"{', '.join(sorted(record)) or 'nothing'}"
         )
 
-    def _existing(self, record: dict[str, Any], place: str) -> tuple[list[int], list[int]]:
-        """The tokens of a prompt that its completion leaves as they are, and those of both."""
+    def _existing(self, record: dict[str, Any], place: str) -> tuple[list[int], list[int], int]:
+        """The tokens of a prompt that its completion leaves as they are, those of both, and how
+        many of these are kept: of an answer that was cut, none behind its content."""
         alone = self._prompt(record, False, place)
         prompt: Any = record.get("prompt", record.get("messages"))
         completion = record["completion"]
@@ -255,17 +274,44 @@ class _Reader:
             )
         whole: list[int]
         if isinstance(prompt, list):
-            whole = self._chat(prompt + completion, place)
+            whole = self._chat(record, prompt + completion, place)
         else:
             whole = self.tokenizer(prompt + completion).input_ids
         same = 0
         while same < min(len(alone), len(whole)) and alone[same] == whole[same]:
             same += 1
-        return whole[:same], whole
+        kept = len(whole)
+        if record.get("truncated") and isinstance(prompt, list):
+            kept = self._until_cut({**record, "prompt": prompt}, whole, place)
+        return whole[:same], whole, kept
 
-    def _chat(self, messages: list[records.Record], place: str, **options: bool) -> list[int]:
+    def _until_cut(self, record: dict[str, Any], whole: list[int], place: str) -> int:
+        """How many tokens of a conversation come before the end that the template gives it."""
+        try:
+            encoded = self.chat.encode(record)
+        except UserError as error:
+            raise UserError(f"{ARGUMENT}: {error} {place}") from error
+        cut = encoded.prompt + encoded.completion
+        if whole[: len(cut)] != cut:
+            raise UserError(
+                f"{ARGUMENT}: expected the chat template to write an answer that was cut as its "
+                f"prompt, and then its content, {place}, got other tokens"
+            )
+        return len(cut)
+
+    def _chat(
+        self,
+        record: dict[str, Any],
+        messages: list[records.Record],
+        place: str,
+        **options: bool,
+    ) -> list[int]:
         expected = f"{ARGUMENT}: expected messages that the chat template takes {place}"
-        text = records.render(messages, self.tokenizer, expected, **options)
+        try:
+            told = records.template_options(record)
+        except UserError as error:
+            raise UserError(f"{ARGUMENT}: {error} {place}") from error
+        text = records.render(messages, self.tokenizer, expected, **{**told, **options})
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tdkd.errors import UserError, missing
 from tdkd.kernels.gather_q.reference import scaled
-from tdkd.records import closing
+from tdkd.records import Chat
 from tdkd.types import Scale
 
 try:
@@ -431,10 +431,24 @@ def prune_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
 
 def positions(*models: nn.Module) -> int | None:
     """How long a sequence may be for all of some models; None where none has a limit."""
-    configs = [model.config.get_text_config() for model in models]  # type: ignore[union-attr,operator]
-    limits = [getattr(config, "max_position_embeddings", None) for config in configs]
-    # XLNet calls "no limit" -1
-    return min((limit for limit in limits if limit is not None and limit > 0), default=None)
+    limits = [_limit(model.config.get_text_config()) for model in models]  # type: ignore[union-attr,operator]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _limit(config: Any) -> int | None:
+    """Positions of a text config, stretched by its RoPE scaling where that has a factor."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or limit <= 0:  # XLNet calls "no limit" -1
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    # of the whole model, or by type of layer
+    scalings = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    stretched = [
+        int(factor * (scaling.get("original_max_position_embeddings") or limit))
+        for scaling in scalings
+        if (factor := scaling.get("factor")) is not None
+    ]
+    return max([limit, *stretched])
 
 
 def check_positions(longest: int, argument: str, *models: nn.Module) -> None:
@@ -466,7 +480,7 @@ def eos_beside(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int
 def _ends(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     configured = getattr(config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
-    ends = [*listed, tokenizer.eos_token_id, closing(tokenizer)[-1]]
+    ends = [*listed, tokenizer.eos_token_id, Chat(tokenizer).end]
     return sorted({i for i in ends if i is not None})
 
 

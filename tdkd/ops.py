@@ -215,7 +215,7 @@ def successors(
         int64, the shape of ``tokens``: row of the next state; -1 where the token ends the response
         (terminal, V' = 0); -2 where it was cut off (V' unknown), and on rows that are no states.
     Raises:
-        TypeError: ``tokens`` or ``cu_seqlens`` are not integers.
+        TypeError: ``tokens``, ``cu_seqlens`` or ``eos_token_id`` are not integers.
         ValueError: ``tokens`` has no dimension, or ``cu_seqlens`` does not fit them.
 
     >>> successors(torch.tensor([-100, 5, 6, 2, 7, 8]), eos_token_id=2).tolist()
@@ -241,7 +241,7 @@ def successors(
     rows = torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape)
     successor = torch.where(state & follows, rows + 1, -2)
     if eos_token_id is not None:
-        eos = torch.as_tensor(eos_token_id, device=tokens.device).flatten()
+        eos = _check.token_ids("eos_token_id", eos_token_id).to(tokens.device)
         ends = (tokens.unsqueeze(-1) == eos).any(-1)
         successor = torch.where(state & ends, -1, successor)
     return successor
@@ -1104,6 +1104,8 @@ def _td_rows(
             _check.floating(name, given, dims=0)
             _check.same_shape(name, given, lead, "the rows")
             _check.same_device(name, given, tokens)
+    if expert_weight is not None and _check.looked_at(expert_weight):
+        _check.shares("expert_weight", expert_weight[tokens != ignore_index])
     if target_value is not None and objective.starts:
         raise ValueError(
             "target_value: expected None with an objective that counts from the first state of a "

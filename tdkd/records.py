@@ -35,6 +35,8 @@ class Encoded(NamedTuple):
 
 # what json raises: on no JSON, no UTF-8, an integer of 4301 digits, brackets without end
 _BROKEN = (ValueError, RecursionError)
+UNRENDERED = (TemplateError, TypeError, ValueError, AttributeError, KeyError)
+"""What chat templates raise on messages that they do not take."""
 
 
 def read(path: str | Path, argument: str = "data", *, answered: bool = False) -> list[Record]:
@@ -56,18 +58,20 @@ def read(path: str | Path, argument: str = "data", *, answered: bool = False) ->
                 f'{argument}: expected an object with "prompt" {place}, got {_short(record)}'
             )
         for name in ("prompt", "completion"):
-            if not _is_text(record.get(name, "")):
+            absent = name == "completion" and record.get(name) is None
+            if not absent and not _is_text(record[name]):
                 raise UserError(
                     f"{argument}: expected {name} to be a string or chat messages with role and "
                     f"content {place}, got {_short(record[name])}"
                 )
-        references = record.get("references", [])
+        references = record.get("references")
+        references = [] if references is None else references
         if not isinstance(references, list) or not all(isinstance(r, str) for r in references):
             raise UserError(
                 f"{argument}: expected references to be a list of strings {place}, got "
                 f"{_short(references)}"
             )
-        if answered and "completion" not in record and not references:
+        if answered and record.get("completion") is None and not references:
             raise UserError(
                 f'{argument}: expected "completion" or "references" {place}, got '
                 f"{', '.join(sorted(record))}"
@@ -319,8 +323,8 @@ def completion_text(record: Record) -> str:
     """The completion (or the first reference) as text.
 
     Raises:
-        UserError: the record has neither, or its completion has several messages, of which the
-            first belong to the prompt.
+        UserError: the record has neither, or its completion is not one message of the assistant
+            that is text alone.
     """
     completion = record.get("completion")
     if completion is None:
@@ -335,29 +339,32 @@ def completion_text(record: Record) -> str:
         return completion
     if len(completion) != 1:
         raise UserError(
-            f"data: expected a completion of one message, got {len(completion)}; those before the "
-            "last belong to the prompt"
+            f"completion: expected one message, got {len(completion)}; those before the last "
+            "belong to the prompt"
         )
-    return completion[0]["content"]
-
-
-def prompt_ids(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a record's prompt, up to where the assistant begins to speak."""
-    tools = record.get("tools")
-    text = render(
-        messages(record["prompt"]),
-        tokenizer,
-        add_generation_prompt=True,
-        tools=json.loads(tools) if isinstance(tools, str) else tools,
-        **(record.get("chat_template_kwargs") or {}),
-    )
-    return tokenizer(text, add_special_tokens=False).input_ids
+    message = completion[0]
+    if message.get("role") != "assistant":
+        raise UserError(
+            f"completion: expected a message of the assistant, got one of {message.get('role')!r}"
+        )
+    if not isinstance(message.get("content"), str):
+        raise UserError(
+            f"completion: expected content that is text, got {_short(message.get('content'))}"
+        )
+    for name in ("tool_calls", "reasoning_content"):
+        if message.get(name):
+            raise UserError(
+                f"completion: expected a message of content alone, got one with {name}; what the "
+                "assistant writes behind the generation prompt belongs to its content"
+            )
+    return message["content"]
 
 
 def render(
     turns: list[Record],
     tokenizer: PreTrainedTokenizerBase,
     expected: str = "prompt: expected messages that the chat template takes",
+    /,
     **options: Any,
 ) -> str:
     """What the chat template makes of messages.
@@ -367,43 +374,147 @@ def render(
     """
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
-    except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
+    except UNRENDERED as error:
         raise UserError(f"{expected}, got {type(error).__name__}: {error}") from error
 
 
-def closing(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that close an answer in the chat template, up to the first special one, such as
-    ``<|im_end|>``: what the model ends with, which need not be the tokenizer's EOS."""
-    if not tokenizer.chat_template:
-        return [tokenizer.eos_token_id]
-    mark = "\u241f"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    after = render(turns, tokenizer).partition(mark)[2]
-    ids = tokenizer(after, add_special_tokens=False).input_ids
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    end = next((i for i, token in enumerate(ids) if token in special), None)
-    return [tokenizer.eos_token_id] if end is None else ids[: end + 1]
-
-
-def encode(
-    record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> Encoded:
-    """Tokens of a record through the chat template, at most ``max_length`` of them.
+def template_options(record: Record) -> dict[str, Any]:
+    """What a record tells the chat template beside its messages: ``tools``, a list or its JSON,
+    and what is in ``chat_template_kwargs``.
 
     Raises:
-        UserError: the record has no answer of one message, ``truncated`` is no boolean, or the
-            template refuses the prompt.
+        UserError: tools are a string that is no JSON, or the others no object.
     """
-    truncated = record.get("truncated")
-    if not isinstance(truncated, bool | None):
-        raise UserError(f"truncated: expected true or false, got {truncated!r}")
-    prompt = prompt_ids(record, tokenizer)
-    completion = tokenizer(completion_text(record), add_special_tokens=False).input_ids
-    if not truncated:
-        completion = [*completion, *closing(tokenizer)]
-    if max_length is None:
-        return Encoded(prompt, completion)
-    return Encoded(prompt[:max_length], completion[: max(0, max_length - len(prompt))])
+    tools, others = record.get("tools"), record.get("chat_template_kwargs")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except _BROKEN as error:
+            raise UserError(f"tools: expected a list or its JSON, got {error}") from error
+    if not isinstance(others, dict | None):
+        raise UserError(f"chat_template_kwargs: expected an object, got {_short(others)}")
+    return {"tools": tools, **(others or {})}
+
+
+class Chat:
+    """How a tokenizer's chat template writes prompts and answers.
+
+    An answer follows the generation prompt as it is, without what a template would put into it,
+    such as an empty block of thoughts. It ends with the token that ends a turn, such as
+    ``<|im_end|>``, which need not be the tokenizer's EOS; what the template writes behind that is
+    no part of it.
+
+    Args:
+        tokenizer: where it has no chat template, or one that takes no user turn with its answer
+            alone, answers end with its EOS.
+    """
+
+    end: int
+    """Id of the token that ends an answer."""
+    between: str
+    """White space that the template writes between the generation prompt and an answer."""
+    closing: str
+    """What the template writes behind an answer, up to the token that ends it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.between, after = self._around()
+        ends = [
+            (at, -len(token.content), token.content, i)
+            for i, token in tokenizer.added_tokens_decoder.items()
+            # some vocabularies have added tokens for runs of white space
+            if token.content.strip() and (at := after.find(token.content)) >= 0
+        ]
+        if ends:
+            at, _, text, self.end = min(ends)
+            self.closing = after[:at] + text
+        else:
+            self.closing, self.end = tokenizer.eos_token or "", tokenizer.eos_token_id
+
+    def _around(self) -> tuple[str, str]:
+        """What stands between the generation prompt and an answer, and what behind it."""
+        mark = "\u241f"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+        if not self.tokenizer.chat_template:
+            return "", ""
+        try:
+            asked = render(turns[:1], self.tokenizer, add_generation_prompt=True)
+            before, _, after = render(turns, self.tokenizer).partition(mark)
+        except UserError:
+            return "", ""
+        between = before.removeprefix(asked)
+        # else a block of thoughts, which is the answer's own business
+        return "" if between.strip() else between, after
+
+    def prompt(self, record: Record) -> list[int]:
+        """Tokens of a record's prompt, up to where the assistant begins to speak.
+
+        Raises:
+            UserError: the template refuses it.
+        """
+        return self._tokens(self._prompt_text(record))
+
+    def encode(self, record: Record, max_length: int | None = None) -> Encoded:
+        """Tokens of a record, at most ``max_length`` of them.
+
+        Raises:
+            UserError: the record has no answer of one message, ``truncated`` is no boolean, or the
+                template refuses the prompt.
+        """
+        truncated = record.get("truncated")
+        if not isinstance(truncated, bool | None):
+            raise UserError(f"truncated: expected true or false, got {truncated!r}")
+        text = self._prompt_text(record)
+        answer = self.between + completion_text(record) + ("" if truncated else self.closing)
+        prompt, whole = self._tokens(text), self._tokens(text + answer)
+        size = len(prompt)
+        # else they merge across the border, as they do not while a model writes; alone, a text of
+        # SentencePiece would begin with a space
+        joined = whole[:size] == prompt
+        completion = whole[size:] if joined else self._tokens(answer)
+        if max_length is None:
+            return Encoded(prompt, completion)
+        return Encoded(prompt[:max_length], completion[: max(0, max_length - size)])
+
+    def _prompt_text(self, record: Record) -> str:
+        options = {**template_options(record), "add_generation_prompt": True}
+        return render(messages(record["prompt"]), self.tokenizer, **options)
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def check_rendered(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, argument: str, template: str | None = None
+) -> None:
+    """Refuses the first conversation of a data set that cannot be rendered as TRL does it.
+
+    Args:
+        dataset: a Dataset or IterableDataset of :mod:`datasets`.
+        tokenizer: has the chat template.
+        argument: what an error calls the data set.
+        template: one in place of the tokenizer's.
+    Raises:
+        UserError: naming the example, counted from 0.
+    """
+    for number, record in enumerate(dataset.with_format(None)):
+        place = f"in example {number}"
+        turns = record.get("messages") or record.get("prompt")
+        if not isinstance(turns, list):
+            continue
+        if "chat_template_kwargs" in record and record["chat_template_kwargs"] is None:
+            raise UserError(
+                f"{argument}: expected chat_template_kwargs in every example or in none, got none "
+                f"{place}"
+            )
+        expected = f"{argument}: expected messages that the chat template takes {place}"
+        try:
+            options = template_options(record)
+        except UserError as error:
+            raise UserError(f"{argument}: {error} {place}") from error
+        if template is not None:
+            options = {"chat_template": template, **options}
+        render(turns + (record.get("completion") or []), tokenizer, expected, **options)
 
 
 def encode_truncated(
@@ -412,30 +523,38 @@ def encode_truncated(
     """A data set of TRL, tokenised if its records say ``truncated``; any other one as it is.
 
     A chat template closes every answer. An answer that was cut has no end to learn, and its last
-    state no known successor.
+    state no known successor. One that says ``truncated: false`` ends with the token that ends a
+    turn; what the template writes behind that, which TRL would learn, is not learned. Both follow
+    the generation prompt verbatim (:class:`Chat`).
 
     Args:
-        dataset: a Dataset or IterableDataset of :mod:`datasets`.
+        dataset: a Dataset or IterableDataset of :mod:`datasets`, in any format.
         tokenizer: has the chat template.
         argument: what an error calls the data set.
         num_proc: processes that tokenise a Dataset.
     Returns:
         The data set with ``input_ids`` and ``completion_mask``, or the one given.
     Raises:
-        UserError: they are no chat messages of prompt and completion, or :func:`encode` refuses.
+        UserError: they are no chat messages of prompt and completion, or :meth:`Chat.encode`
+            refuses.
     """
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if "truncated" not in columns or "input_ids" in columns:
         return dataset
+    dataset = dataset.with_format(None)  # else arrays of torch or NumPy stand for what is JSON
     first = next(iter(dataset))
     if not all(isinstance(first.get(name), list) for name in ("prompt", "completion")):
         raise UserError(
             f"{argument}: expected chat messages as prompt and completion where records say "
-            f"truncated, got {', '.join(sorted(columns))}"
+            f"truncated, got {', '.join(sorted(columns))}; drop truncated where no answer was cut"
         )
+    chat = Chat(tokenizer)
 
     def tokens(record: Record) -> dict[str, list[int]]:
-        prompt, completion = encode(record, tokenizer)
+        try:
+            prompt, completion = chat.encode(record)
+        except UserError as error:
+            raise UserError(f"{argument}: {error}") from error
         mask = [0] * len(prompt) + [1] * len(completion)
         return {"input_ids": prompt + completion, "completion_mask": mask}
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tdkd.kernels.td_target.reference import next_value, td_target
 from tdkd.objectives import Objective
+from tdkd.objectives.base import is_ours
 from tdkd.types import Rows
 
 FLOOR = -10.0
@@ -119,6 +120,12 @@ class TDRows:
         return bool(self.gamma) and self.objective.looks_ahead
 
     @property
+    def linked(self) -> bool:
+        """Whether the loss of a row may depend on its successor. Objectives of others may read it
+        where they do not look ahead; ours do not."""
+        return self.looks_ahead or not is_ours(self.objective)
+
+    @property
     def bootstrapped(self) -> Tensor:
         """bool ``[N]``: as in :class:`tdkd.types.Rows`."""
         return self.state & (self.successor != -2) if self.gamma else self.state
@@ -136,8 +143,7 @@ class TDRows:
         return self._at(index, torch.where(successor < 0, successor, place[successor.clamp(min=0)]))
 
     def run(self, rows: slice) -> TDRows:
-        """Neighbours, of whose successors is only known whether there are any: for a loss that does
-        not look ahead."""
+        """Neighbours without their successors: for rows that are not linked."""
         return self._at(rows, self.successor[rows].clamp(max=-1))
 
     def _at(self, rows: Tensor | slice, successor: Tensor) -> TDRows:

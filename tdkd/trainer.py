@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tdkd import bootstrap, checkpoints, online, ops, records
 from tdkd.config import TDConfig
-from tdkd.diagnostics import Drift, diagnostics
+from tdkd.diagnostics import Drift, diagnostics, share
 from tdkd.errors import UserError, missing
 from tdkd.lm_loss import lm_cross_entropy
 from tdkd.models import (
@@ -73,7 +73,9 @@ class TDTrainer(SFTTrainer):
             the one that ``args`` describe.
         trainer: what ``SFTTrainer`` takes (``train_dataset``, ``processing_class``, ...). Records
             of chat messages may say ``truncated``, as those of ``tdkd generate`` do: an answer that
-            was cut is not closed.
+            was cut is not closed. One that says false ends with the token that ends a turn, and
+            what the chat template writes behind it, such as a line break, is not learned; without
+            ``truncated`` it is, as TRL has it. Both follow the generation prompt verbatim.
     Raises:
         UserError: there is no teacher although the objective needs one, vocabularies or (of
             directories) tokenizers differ, or a model does something to its logits that the ops do
@@ -165,6 +167,8 @@ class TDTrainer(SFTTrainer):
         self._compile(student)
         if args.value_head:
             bootstrap.add_value_head(student, lm_head(student).weight.shape[1])
+        else:
+            bootstrap.remove_value_head(student)
         self.target: bootstrap.TargetNetwork | None = None
         if args.target_network == "ema":
             self.target = bootstrap.TargetNetwork(student, args.target_decay, args.target_every)
@@ -176,6 +180,8 @@ class TDTrainer(SFTTrainer):
         self.teacher: nn.Module | None = None
         if self._cache is not None:
             self._read(self._cache, lm_head(student))
+        elif self.objective is None and teacher_model is not None:
+            raise UserError("teacher_model: expected none without an objective, got a model")
         elif self.objective is not None:
             self.teacher = self._prepared_teacher(teacher_model, student, args)
         if self.objective is not None:
@@ -249,6 +255,7 @@ class TDTrainer(SFTTrainer):
         self, given: str | Path | PreTrainedModel | None, student: nn.Module, args: TDConfig
     ) -> nn.Module:
         head = lm_head(student)
+        argument = "teacher_model_name_or_path" if given is None else "teacher_model"
         given = args.teacher_model_name_or_path if given is None else given
         if given is None:
             raise UserError(
@@ -256,12 +263,12 @@ class TDTrainer(SFTTrainer):
                 "set teacher_model_name_or_path"
             )
         if isinstance(given, str | Path):
-            check_tokenizer(given, self._tokenizer, "teacher_model_name_or_path")
+            check_tokenizer(given, self._tokenizer, argument)
             teacher = load_model(
                 given,
                 dtype=head.weight.dtype,
                 device=self.accelerator.device if self._whole else "cpu",
-                argument="teacher_model_name_or_path",
+                argument=argument,
             )
         else:
             teacher = given
@@ -298,9 +305,10 @@ class TDTrainer(SFTTrainer):
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
-        """TRL's, but that answers which say ``truncated`` are not closed by the chat template."""
+        """TRL's, but that answers which say ``truncated`` are not closed by the chat template, and
+        that what the template refuses is told in one line."""
+        argument = f"{dataset_name}_dataset"
         if formatting_func is None:
-            argument = f"{dataset_name}_dataset"
             state = PartialState()
             # as TRL does: one process makes what the others find in the cache of datasets
             with state.main_process_first(), state.local_main_process_first():
@@ -313,9 +321,14 @@ class TDTrainer(SFTTrainer):
                     "truncated, got True"
                 )
             dataset = encoded
-        return super()._prepare_dataset(
-            dataset, processing_class, args, packing, formatting_func, dataset_name
-        )
+        try:
+            return super()._prepare_dataset(
+                dataset, processing_class, args, packing, formatting_func, dataset_name
+            )
+        except records.UNRENDERED:
+            if formatting_func is None:
+                records.check_rendered(dataset, self._tokenizer, argument, self.chat_template)
+            raise
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """A micro-batch forward and backward; its seconds enter the log."""
@@ -366,6 +379,15 @@ class TDTrainer(SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs), None, None
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluation and prediction: each is the same when it is done again, and takes nothing
+        from training, neither random numbers nor room in the log."""
+        self._metrics["eval"].clear()
+        device = self.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed)
+            return super().evaluation_loop(*args, **kwargs)
+
     def _loss(
         self,
         student: nn.Module,
@@ -390,6 +412,7 @@ class TDTrainer(SFTTrainer):
 
         hidden = rows(student)
         head = lm_head(student)
+        # evaluation knows no number: that of the states, as in training
         items = taken.numel() if num_items_in_batch is None else num_items_in_batch
         items = torch.as_tensor(items).clamp(min=1)
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -403,7 +426,7 @@ class TDTrainer(SFTTrainer):
             with self._mixed():
                 lm_loss = lm_cross_entropy(states, head, targets)
             loss = loss + args.lm_weight * weight * lm_loss / items
-            metrics["lm_loss"] = _share(lm_loss, torch.full_like(lm_loss, targets.numel()))
+            metrics["lm_loss"] = share(lm_loss, torch.full_like(lm_loss, targets.numel()))
         if self.objective is not None:
             if self._cache is None:
                 assert self.teacher is not None
@@ -423,7 +446,7 @@ class TDTrainer(SFTTrainer):
                     teacher = {"actions": self._selected(teacher, taken)}
                     slow = rows(self.target.network)
                     extras["target_value"] = self._target_value(slow, teacher, taken, successor)
-            extras |= {"num_items_in_batch": num_items_in_batch, "expert_weight": expert}
+            extras |= {"num_items_in_batch": items, "expert_weight": expert}
             if folded:
                 assert self.objective is not None
                 extras["objective"] = self.objective + args.lm_weight * CrossEntropy(tail=True)
@@ -431,7 +454,7 @@ class TDTrainer(SFTTrainer):
             loss = loss + out.loss
             if folded:
                 data = torch.ones_like(taken, dtype=torch.bool) if expert is None else expert > 0
-                metrics["lm_loss"] = _share(-torch.where(data, out.q, 0.0).sum(), data.sum())
+                metrics["lm_loss"] = share(-torch.where(data, out.q, 0.0).sum(), data.sum())
             metrics.update(
                 diagnostics(
                     out,
@@ -726,11 +749,6 @@ def _opened_cache(args: TDConfig) -> Cache:
             f"{cache.path}, got False"
         )
     return cache
-
-
-def _share(total: Tensor, count: Tensor) -> Tensor:
-    """A metric that is a mean over the rows of all micro-batches, some of which may have none."""
-    return torch.stack([total.detach().float(), count.float()])
 
 
 def response_rows(tokens: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:

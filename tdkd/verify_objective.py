@@ -64,16 +64,17 @@ def load(spec: str) -> ObjectiveLike:
         found: Any = importlib.import_module(module_name)
         for part in name.split("."):
             found = getattr(found, part)
-    except ModuleNotFoundError as error:
+    except (ImportError, TypeError) as error:  # the latter of names such as ".."
         raise UserError(f"objective: expected a module to import, got {spec!r}: {error}") from error
     except AttributeError as error:
         raise UserError(f"objective: expected a name in {module_name}, got {spec!r}") from error
     if isinstance(found, type):
         try:
             found = found()
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever a caller's own code raises
             raise UserError(
-                f"objective: expected a class that needs no arguments, got {spec!r}: {error}"
+                f"objective: expected a class that needs no arguments, got {spec!r}: "
+                f"{type(error).__name__}: {error}"
             ) from error
     if not callable(found):
         raise UserError(

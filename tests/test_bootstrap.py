@@ -399,3 +399,29 @@ def test_config_passes_them_on(tmp_path):
     given = config(tmp_path, **BOTH, target_every=5)
     assert (given.target_network, given.target_decay, given.target_every) == ("ema", 0.9, 5)
     assert given.value_head
+
+
+def test_a_second_trainer_keeps_or_drops_the_value_head(tmp_path, tiny_teacher, tiny_student):
+    """Of one student in one process, as in a notebook."""
+    student = load_model(tiny_student)
+
+    def made(name, **options):
+        return TDTrainer(
+            student,
+            str(tiny_teacher),
+            config(tmp_path / name, save_strategy="steps", save_steps=2, **{**TD, **options}),
+            train_dataset=conversations(),
+            processing_class=load_tokenizer(tiny_student),
+        )
+
+    first = made("first", value_head=True)
+    first.train()
+    learned = head_of(first).clone()
+    assert learned.abs().max() > 0
+    again = made("again", value_head=True)
+    assert torch.equal(head_of(again), learned)
+    without = made("without")
+    assert not hasattr(student, NAME)
+    without.train()
+    assert not (tmp_path / "without" / "checkpoint-2" / VALUE_HEAD).exists()
+    made("resumed").train(resume_from_checkpoint=str(tmp_path / "without" / "checkpoint-2"))

@@ -155,8 +155,17 @@ def test_an_objective_by_name_in_the_file_and_as_a_flag(setting, tmp_path):
 
 REFUSED = {
     "no_config": (["nowhere.yaml"], {}, "config: expected a YAML file"),
-    "unknown_key": ([], {"action_topk": 3}, "action_topk"),
-    "unknown_flag": (["--action_topk", "3"], {}, "action_topk"),
+    "unknown_key": (
+        [],
+        {"action_topk": 3, "foo": "--x"},
+        "config: expected fields of tdkd distill (--help lists them), got action_topk foo",
+    ),
+    "unknown_flag": (
+        ["--action_topk", "3"],
+        {},
+        "config: expected flags of tdkd distill (--help lists them), got --action_topk 3",
+    ),
+    "abbreviation": (["--temp", "2"], {}, "(--help lists them), got --temp 2"),
     "bad_value": ([], {"gamma": 2.0}, "gamma: expected a number in [0, 1], got 2.0"),
     "bad_flag_value": (["--max_steps", "many"], {}, "max_steps"),
     "bad_objective": ([], {"objective": "KL() + JSD"}, "objective: expected one of ForwardKL"),
@@ -269,3 +278,62 @@ def test_a_folder_of_the_users_own_is_left_alone(setting, tmp_path):
     notes.write_text("mine")
     distill.run([str(path), "--max_steps", "1"])
     assert notes.read_text() == "mine"
+
+
+TURN = [{"role": "user", "content": "say"}]
+ANSWER = [{"role": "assistant", "content": "yes"}]
+WITHOUT = [{"role": "assistant", "content": None, "tool_calls": None}]
+KWARGS = {"chat_template_kwargs": {"mood": "calm"}}
+
+
+@pytest.mark.parametrize("command", ["distill", "cache"])
+@pytest.mark.parametrize(
+    "records, message",
+    [
+        (
+            [{"prompt": TURN, "completion": "yes"}],
+            "expected prompt and completion of one kind on line 1 of ",
+        ),
+        (
+            [{"prompt": "say", "completion": ANSWER}],
+            "expected prompt and completion of one kind on line 1 of ",
+        ),
+        (
+            [{"prompt": TURN, "completion": ANSWER}, {"prompt": TURN, "completion": WITHOUT}],
+            "expected messages that the chat template takes in example 1, got ",
+        ),
+        (
+            [{"prompt": TURN, "completion": ANSWER, **more} for more in (KWARGS, {})],
+            "expected chat_template_kwargs in every example or in none, got none in example 1",
+        ),
+        (
+            [{"prompt": TURN, "completion": ANSWER, "tools": tools} for tools in ("[]", "{")],
+            "tools: expected a list or its JSON, got ",
+        ),
+        (
+            [{"prompt": TURN, "completion": ANSWER * 2, "truncated": True}],
+            "completion: expected one message, got 2",
+        ),
+        (
+            [{"prompt": "say", "completion": "yes", "truncated": False}],
+            "expected chat messages as prompt and completion where records say truncated, got ",
+        ),
+    ],
+    ids=["chat_text", "text_chat", "null", "kwargs", "tools", "several", "plain"],
+)
+def test_what_cannot_be_prepared_is_one_line(
+    setting, tmp_path, monkeypatch, capsys, command, records, message
+):
+    path, content = setting
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = [str(path)]
+    if command == "cache":
+        arguments = ["--model", content["teacher_model_name_or_path"], "--data", str(data)]
+        arguments += ["--output", str(tmp_path / "cache"), "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["tdkd", command, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"tdkd: {'data' if command == 'cache' else 'train_file'}: {message}")

@@ -245,3 +245,16 @@ def test_a_teacher_with_other_tokens_is_refused(tiny_student, tiny_teacher, tmp_
             batch_size=2, max_new_tokens=4, temperature=0.0, rouge=False, samples=0, seed=0,
             device="cpu",
         )  # fmt: skip
+
+
+def test_tokens_above_the_vocabulary_are_refused(student, teacher, tokenizer):
+    with pytest.raises(UserError, match="^vocab-size: expected more than 2.., the largest token"):
+        evaluate(student, teacher, tokenizer, vocab_size=100)
+
+
+def test_prompts_that_are_not_asked_may_be_long(student, teacher, tokenizer):
+    data = [DATA[0], {"prompt": "x" * 400, "completion": "y"}]
+    result = evaluate(student, teacher, tokenizer, data, samples=1, max_new_tokens=120)
+    assert [sample["prompt"] for sample in result["samples"]] == ["why?"]
+    with pytest.raises(UserError, match="^max-new-tokens: expected sequences of at most 512"):
+        evaluate(student, teacher, tokenizer, data, samples=2, max_new_tokens=120)

@@ -78,7 +78,7 @@ def test_long_prompts_are_left_out(writer, tmp_path):
 
 def test_greedy_answers_do_not_depend_on_the_batch(writer):
     model, tokenizer = load_model(writer), load_tokenizer(writer)
-    encoded = [records.prompt_ids({"prompt": p}, tokenizer) for p in PROMPTS]
+    encoded = [records.Chat(tokenizer).prompt({"prompt": p}) for p in PROMPTS]
     together = command.sample(model, tokenizer, encoded, max_new_tokens=10, temperature=0)
     for ids, (tokens, truncated) in zip(encoded, together, strict=True):
         row = list(ids)
@@ -92,7 +92,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(writer):
 
 def test_a_shared_prompt_is_read_once_and_changes_nothing(writer):
     model, tokenizer = load_model(writer), load_tokenizer(writer)
-    ids = records.prompt_ids({"prompt": "why?"}, tokenizer)
+    ids = records.Chat(tokenizer).prompt({"prompt": "why?"})
     (alone,) = command.sample(model, tokenizer, [ids], max_new_tokens=10, temperature=0)
     shared = command.sample(model, tokenizer, [ids] * 3, max_new_tokens=10, temperature=0)
     assert shared == [alone] * 3
@@ -275,3 +275,58 @@ def test_answers_beyond_the_positions_are_refused(writer, prompts, tmp_path):
         generate(writer, out, prompts=str(prompts), max_new_tokens=250)
     with pytest.raises(UserError, match="^temperature: expected a number >= 0, got nan"):
         generate(writer, out, prompts=str(prompts), temperature=float("nan"))
+
+
+def test_a_refused_run_settles_nothing(writer, prompts, tmp_path):
+    """The corrected command goes on."""
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match="^max-new-tokens: "):
+        generate(writer, out, prompts=str(prompts), max_new_tokens=250)
+    prompts.write_text('{"prompt": "why?"}')
+    with pytest.raises(UserError, match="^prompts: expected prompts of at most 1 tokens, got none"):
+        generate(writer, out, prompts=str(prompts), max_prompt_tokens=1, seed=9)
+    prompts.write_text('{"prompt": "why?", "tools": "{"}')
+    with pytest.raises(UserError, match="^tools: "):
+        generate(writer, out, prompts=str(prompts), seed=9)
+    prompts.write_text('{"prompt": "why?"}')
+    generate(writer, out, prompts=str(prompts))
+
+
+@pytest.mark.parametrize("name", ["max_prompt_tokens", "max_new_tokens"])
+def test_prompts_of_its_own_must_fit_the_positions(writer, tmp_path, name):
+    out = tmp_path / "out.jsonl"
+    option = name.replace("_", "-")
+    with pytest.raises(UserError, match=f"^{option}: expected sequences of at most 256 tokens"):
+        generate(writer, out, **{name: 260})
+    generate(writer, out)
+
+
+def test_an_answer_that_was_cut_within_a_character(tiny_teacher):
+    tokenizer = load_tokenizer(tiny_teacher)
+    chat = records.Chat(tokenizer)
+    prompt = chat.prompt({"prompt": "why?"})
+    ids = tokenizer("ab\u4e2d", add_special_tokens=False).input_ids
+    assert len(ids) == 5
+    for kept in (2, 3, 4):
+        assert command._text(chat, prompt, ids[:kept], True) == "ab"
+    assert command._text(chat, prompt, ids, True) == "ab\u4e2d"
+    assert command._text(chat, prompt, ids[2:4], True) == ""
+    assert command._text(chat, prompt, ids[:3], False) == "ab\ufffd"
+
+
+@pytest.mark.parametrize("between", ["", " "])
+def test_what_was_written_is_what_is_learned(tiny_teacher, between):
+    """Some templates put a space before an answer, which the model writes itself."""
+    tokenizer = load_tokenizer(tiny_teacher)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[' + m['content'] + ']' }}"
+        "{% else %}{{ '" + between + "' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    chat = records.Chat(tokenizer)
+    assert chat.between == between
+    record = {"prompt": "why?", "truncated": True}
+    prompt = chat.prompt(record)
+    written = tokenizer(between + "because", add_special_tokens=False).input_ids
+    text = command._text(chat, prompt, written, True)
+    assert text == "because"
+    assert chat.encode({**record, "completion": text}) == (prompt, written)

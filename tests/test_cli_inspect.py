@@ -56,7 +56,7 @@ def tokenizer(tiny_teacher):
 def naive(teacher, tokenizer, temperature=1.0, vocab_size=None):
     rows = []
     for record in DATA:
-        prompt, completion = records.encode(record, tokenizer, 512)
+        prompt, completion = records.Chat(tokenizer).encode(record, 512)
         with torch.no_grad():
             logits = teacher(torch.tensor([prompt + completion])).logits[0].double()
         of_answer = logits[len(prompt) - 1 : -1, :vocab_size] / temperature
@@ -203,3 +203,16 @@ def test_what_it_refuses(tiny_teacher, tmp_path, options, message):
         data.write_text(json.dumps({"prompt": "why?"}) + "\n")
     with pytest.raises(UserError, match=message):
         command.run(model=str(tiny_teacher), data=str(data), **{**OPTIONS, **options})
+
+
+def test_prompts_without_room_for_an_answer_are_not_asked(teacher, tokenizer, monkeypatch):
+    asked = []
+    real = command.sample
+    monkeypatch.setattr(
+        command, "sample", lambda *args, **kw: asked.extend(args[2]) or real(*args, **kw)
+    )
+    size = len(records.Chat(tokenizer).prompt({"prompt": "why?"}))
+    data = [{"prompt": "why?"}, {"prompt": "why??"}, {"prompt": "x" * 500}]
+    result = command.inspect(teacher, tokenizer, data, max_length=size + 1, max_new_tokens=4)
+    assert [len(prompt) for prompt in asked] == [size]
+    assert result["positions"] == 1

@@ -7,10 +7,16 @@ import pytest
 import torch
 
 from tdkd import ops
-from tdkd.diagnostics import Drift, diagnostics
+from tdkd.diagnostics import Drift
+from tdkd.diagnostics import diagnostics as shares
 from tdkd.objectives import ForwardKL
 
 GAMMA = 0.9
+
+
+def diagnostics(*args, **options):
+    """Of one micro-batch."""
+    return {n: x[0] / x[1].clamp(min=1e-30) for n, x in shares(*args, **options).items()}
 
 
 def make(q="log_prob", objective=None, gamma=GAMMA):

@@ -56,6 +56,55 @@ def test_a_stage_that_fails_does_not_lose_the_others(tmp_path):
     assert "gpu.json" in log  # what the last stage missed
 
 
+KEPT = ("gpu.json", "gpu.png", "gpu-environment.json", "gpu-tuned.json", "gpu-breakdown.json")
+"""Results of the stages, by name."""
+
+
+def script(directory, *, path=None, **given):
+    """A run of gpu.sh into a directory that holds earlier results."""
+    directory.mkdir()
+    for name in (*KEPT, "gpu-later.json", "gpu.log", "gpu-summary.txt"):
+        (directory / name).write_text("earlier")
+    given = {"OUT": str(directory), "PYTHON": sys.executable, **given}
+    environment = {name: value for name, value in os.environ.items() if name != "REHEARSE"}
+    if path is not None:
+        given["PATH"] = f"{path}:{environment['PATH']}"
+    return subprocess.run(
+        [SCRIPT], env={**environment, **given}, capture_output=True, text=True, timeout=120
+    )
+
+
+def earlier(directory):
+    return {path.name for path in directory.iterdir() if path.read_text() == "earlier"}
+
+
+def test_without_a_gpu_nothing_is_removed(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+    done = script(tmp_path / "out", path=tmp_path / "bin")
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpu.sh: expected a GPU")
+    assert earlier(tmp_path / "out") == {*KEPT, "gpu-later.json", "gpu.log", "gpu-summary.txt"}
+
+
+@pytest.mark.parametrize(
+    "stages,rewritten",
+    [
+        ("environment", {"gpu-environment.json"}),
+        ("tune", {"gpu-tuned.json"}),
+        ("bench", {"gpu.json", "gpu.png"}),
+        ("breakdown", {"gpu-breakdown.json"}),
+        ("table", set()),
+        ("environment breakdown", {"gpu-environment.json", "gpu-breakdown.json"}),
+    ],
+)
+def test_only_what_the_stages_rewrite_is_removed(tmp_path, stages, rewritten):
+    """With no time for any stage, so that what is gone was removed, not written anew."""
+    script(tmp_path / "out", REHEARSE="1", STAGES=stages, LIMIT="0")
+    assert earlier(tmp_path / "out") == {*KEPT, "gpu-later.json"} - rewritten
+
+
 def test_a_failure_is_told_when_it_happens(tmp_path):
     """Not at the end, which a stage that is out of time does not reach."""
     lines = (

@@ -10,7 +10,16 @@ from tdkd import types as ops_types
 from tdkd.kernels import head, routes
 from tdkd.kernels.batch_vocabulary import reference as batch_vocabulary_reference
 from tdkd.kernels.batch_vocabulary.reference import student_law
-from tdkd.objectives import LK, LSIQ, CrossEntropy, ForwardKL, IQLearn, ReverseKL, SoftTD
+from tdkd.objectives import (
+    LK,
+    LSIQ,
+    CrossEntropy,
+    ForwardKL,
+    IQLearn,
+    Objective,
+    ReverseKL,
+    SoftTD,
+)
 
 ROWS, VOCAB, WIDTH, K = 23, 90, 12, 6
 OBJECTIVES = [
@@ -638,7 +647,7 @@ def test_float16_factors_wait_for_the_loss_scale(autocast):
     """Their gradients are made in backward, where the scale is there; others in forward."""
 
     class Terms:
-        objective, state_value, looks_ahead = ForwardKL(), None, False
+        objective, state_value, linked = ForwardKL(), None, False
 
     gpu = On("cuda")
     assert routes.in_forward(Terms, gpu, gpu)
@@ -776,3 +785,53 @@ def test_a_gpu_that_takes_plain_pytorch_says_so_once(told):
     ]
     assert not ops._fused("reference", gpu, k=1026)
     assert len(told()) == 1
+
+
+class EndsCount(Objective):
+    """KL that counts five times where a response ends: it reads successors, and not V'."""
+
+    rowwise = True
+    normalised = True
+
+    def __call__(self, rows):
+        return torch.where(rows.successor == -1, 5.0, 1.0) * ForwardKL(tail=True)(rows)
+
+
+class MassAhead(Objective):
+    """KL weighed by the teacher's mass on the next set."""
+
+    rowwise = True
+    normalised = True
+
+    def __call__(self, rows):
+        return (1 + rows.following(rows.teacher_log_mass).exp()) * ForwardKL(tail=True)(rows)
+
+
+class EndReward(Objective):
+    """A soft Bellman error with a reward at the end, which at gamma = 0 looks at no V'."""
+
+    rowwise = True
+    bootstraps = True
+
+    def __call__(self, rows):
+        reward = torch.where(rows.successor == -1, 5.0, 0.0)
+        return (rows.taken(rows.q) - reward - rows.gamma * rows.next_value).square()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+@pytest.mark.parametrize("kind", [EndsCount, MassAhead, EndReward])
+def test_objectives_of_others_may_read_successors(kind, gamma):
+    leaves, tokens, actions = make()
+    for objective in (kind(), ForwardKL() + 0.5 * kind()):
+        options = {"objective": objective, "gamma": gamma}
+        out = loss(leaves, tokens, actions, **options)
+        expected, grads = exact_in_float64(leaves, tokens, actions, lambda out: out.loss, **options)
+        torch.testing.assert_close(out.loss.double(), expected.loss, rtol=1e-5, atol=0)
+        agree(torch.autograd.grad(out.loss, leaves), grads)
+
+
+def test_a_term_of_another_shape_is_refused_in_a_sum():
+    leaves, tokens, actions = make()
+    objective = ForwardKL(tail=True) + (lambda rows: rows.value.mean())
+    with pytest.raises(ValueError, match=r"^objective: expected one loss a row \(23,\) of .*\(\)$"):
+        loss(leaves, tokens, actions, objective=objective)

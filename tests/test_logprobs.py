@@ -27,7 +27,7 @@ def tokenizer(tiny_teacher):
 def served(tiny_teacher, tokenizer):
     """Prompt, taken tokens, and the teacher's top 20 log-probabilities there: (id, value) pairs."""
     model = load_model(str(tiny_teacher))
-    prompt = records.prompt_ids({"prompt": "hello"}, tokenizer)
+    prompt = records.Chat(tokenizer).prompt({"prompt": "hello"})
     taken = tokenizer(ANSWER, add_special_tokens=False).input_ids
     ids = torch.tensor([prompt + taken])
     with torch.inference_mode():
@@ -239,7 +239,7 @@ def scored(tiny_teacher, tokenizer):
     with torch.inference_mode():
         hidden = last_hidden_state(model, input_ids=ids, attention_mask=torch.ones_like(ids))
         log_p = lm_head(model).logits(hidden[0]).double().log_softmax(-1)
-    return whole, len(records.prompt_ids({"prompt": "hello"}, tokenizer)), log_p
+    return whole, len(records.Chat(tokenizer).prompt({"prompt": "hello"})), log_p
 
 
 def told(scored, name):
@@ -302,6 +302,64 @@ def test_answers_that_were_there_before(tmp_path, tokenizer, scored, form):
     )
     assert example.ids.tolist() == wanted.ids[wanted.valid].tolist()
     np.testing.assert_allclose(example.log_probs, wanted.log_probs[wanted.valid], rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["messages", "text"])
+def test_an_answer_that_was_cut_has_no_end_to_learn(tmp_path, tokenizer, scored, form):
+    """What the template writes behind it was not the model's."""
+    whole, start, _ = scored
+    told = TOLD if form == "messages" else TOLD[0]["content"]
+    line = {"prompt": ASKED, "completion": told, **of_vllm(scored, chat_form=True)}
+    (example,) = read(tmp_path, tokenizer, {**line, "truncated": True})
+    size = start + len(tokenizer(TOLD[0]["content"], add_special_tokens=False).input_ids)
+    assert example.input_ids.tolist() == whole[:size]
+    assert tokenizer.eos_token_id not in example.input_ids[start:]
+    assert example.mask.tolist() == [i >= start for i in range(size)]
+    (example,) = read(tmp_path, tokenizer, {**line, "truncated": False})
+    assert example.input_ids.tolist() == whole
+    with pytest.raises(UserError, match="^served: truncated: expected true .*got 'yes' on line 1"):
+        read(tmp_path, tokenizer, {**line, "truncated": "yes"})
+
+
+def test_a_cut_answer_that_the_template_changes_is_refused(tmp_path, tiny_teacher, scored):
+    tokenizer = load_tokenizer(str(tiny_teacher))
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "message['content']|upper"
+    )
+    line = {"prompt": ASKED, "completion": TOLD, "truncated": True}
+    line |= of_vllm(scored, chat_form=True)
+    with pytest.raises(UserError, match="write an answer that was cut as its prompt, and then"):
+        # the server's tokens are taken for the template's
+        read(tmp_path, tokenizer, relabelled(line, tokenizer))
+
+
+def relabelled(line, tokenizer):
+    """As a server would have scored what this tokenizer's template makes of a conversation."""
+    text = tokenizer.apply_chat_template(line["prompt"] + line["completion"], tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    listed = [None, *({str(i): {"logprob": -1.0}} for i in ids[1:])]
+    return {**line, "prompt_logprobs": listed, "usage": {"prompt_tokens": len(ids)}}
+
+
+def test_what_a_template_is_told_beside_the_messages(tmp_path, tiny_teacher, served):
+    tokenizer = load_tokenizer(str(tiny_teacher))
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools[0].name }}{% endif %}{{ mood }}" + tokenizer.chat_template
+    )
+    told = {"tools": [{"name": "f"}], "chat_template_kwargs": {"mood": "calm"}}
+    prompt = records.Chat(tokenizer).prompt({"prompt": "hello", **told})
+    assert tokenizer.decode(prompt).startswith("fcalm<|im_start|>")
+    line = {"prompt": "hello", **told, **chat(served, by_id)}
+    line["usage"] = {"prompt_tokens": len(prompt)}
+    (example,) = read(tmp_path, tokenizer, line)
+    assert example.input_ids[: len(prompt)].tolist() == prompt
+    scored = relabelled({"prompt": ASKED, "completion": TOLD, **told, "choices": [{}]}, tokenizer)
+    with pytest.raises(UserError, match="got usage.prompt_tokens"):  # the server was told nothing
+        read(tmp_path, tokenizer, scored)
+    with pytest.raises(
+        UserError, match="^served: tools: expected a list or its JSON, .* on line 1"
+    ):
+        read(tmp_path, tokenizer, {**line, "tools": "{"})
 
 
 def test_answers_of_another_tokenizer_or_template(tmp_path, tokenizer, scored):
@@ -377,6 +435,47 @@ def test_a_cache_of_a_served_teacher(tmp_path, tiny_teacher, tokenizer, served, 
     for option in ({"vocab_size": 264}, {"assistant_only_loss": True}):
         with pytest.raises(UserError, match="served: expected neither --vocab-size nor --assist"):
             command.run(**{**options, **option})
+
+
+def test_only_chats_need_a_template(tmp_path, tiny_teacher, served):
+    """Plain completions come without one, and say nothing of it in the manifest."""
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_teacher, bare)
+    for path in bare.glob("chat_template*"):
+        path.unlink()
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    path = tmp_path / "served.jsonl"
+    options = {
+        "model": None, "data": None, "served": str(path), "action_top_k": K, "action_top_p": P,
+        "teacher_temperature": 1.0, "max_length": 100, "tail": True, "log_probs": "float16",
+        "model_dtype": "auto", "vocab_size": None, "assistant_only_loss": False, "batch_size": 1,
+        "shard_examples": 1, "device": "cpu",
+    }  # fmt: skip
+    path.write_text(json.dumps({"prompt": "hello", **completion(served, by_id)}) + "\n")
+    for name, tokenizer in (("none", bare), ("one", tiny_teacher)):
+        command.run(**options, tokenizer=str(tokenizer), output=str(tmp_path / name))
+        assert Cache(tmp_path / name).manifest.chat_template is None
+    for asked in ({"prompt": "hello"}, {"messages": ASKED}):
+        path.write_text(json.dumps({**asked, **chat(served, by_id)}) + "\n")
+        with pytest.raises(UserError, match="^tokenizer: expected a tokenizer with a chat temp"):
+            command.run(**options, tokenizer=str(bare), output=str(tmp_path / "chat"))
+
+
+def test_a_file_that_cannot_be_used_begins_no_cache(tmp_path, tiny_teacher, served):
+    path, output = tmp_path / "served.jsonl", tmp_path / "c"
+    options = {
+        "model": None, "data": None, "served": str(path), "tokenizer": str(tiny_teacher),
+        "output": str(output), "action_top_k": K, "action_top_p": P, "teacher_temperature": 1.0,
+        "tail": True, "log_probs": "float16", "model_dtype": "auto", "vocab_size": None,
+        "assistant_only_loss": False, "batch_size": 1, "shard_examples": 1, "device": "cpu",
+    }  # fmt: skip
+    path.write_text(json.dumps({"prompt": "hello", **chat(served, by_id)}) + "\n")
+    with pytest.raises(UserError, match="expected an answer that begins within 3 tokens"):
+        command.run(**options, max_length=3)
+    command.run(**options, max_length=100)
+    assert Cache(output).manifest.max_length == 100
 
 
 def test_ends_beside_a_tokenizer(tmp_path, tiny_teacher, tiny_tokenizer, tokenizer):

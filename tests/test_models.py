@@ -355,3 +355,24 @@ def test_sequences_that_are_too_long_for_a_model(tiny_teacher):
         check_positions(513, "max-length", model)
     model.config.max_position_embeddings = -1
     check_positions(513, "max-length", model)
+
+
+@pytest.mark.parametrize(
+    "scaling, limit",
+    [
+        ({"rope_type": "default"}, 64),
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"rope_type": "dynamic", "factor": 1.5}, 96),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "yarn", "factor": 1.5, "original_max_position_embeddings": 32}, 64),
+    ],
+    ids=lambda value: None if isinstance(value, int) else value["rope_type"],
+)
+def test_scaled_positions_reach_further(tiny_student, scaling, limit):
+    model = load_model(tiny_student)
+    model.config.max_position_embeddings = 64
+    for parameters in (scaling, {"full_attention": scaling, "sliding_attention": {"factor": None}}):
+        model.config.rope_parameters = {"rope_theta": 1e4, **parameters}
+        check_positions(limit, "max-length", model)
+        with pytest.raises(UserError, match=f"at most {limit} tokens"):
+            check_positions(limit + 1, "max-length", model)

@@ -1708,3 +1708,27 @@ def test_sizes_are_whole_numbers_and_sets_have_room(dense):
     )
     with pytest.raises(ValueError, match="^actions: expected sets with room for at least one id"):
         ops.linear_td_loss(torch.ones(2, 5, 3), torch.ones(V, 3), tokens, actions=nothing)
+
+
+@pytest.mark.parametrize("given", ["</s>", [2, None], 2.5, True, torch.tensor([2.0])])
+def test_what_ends_a_response_is_an_integer(given):
+    with pytest.raises(TypeError, match="^eos_token_id: expected"):
+        ops.successors(torch.tensor([1, 2]), eos_token_id=given)
+
+
+def test_several_tokens_may_end_a_response():
+    tokens = torch.tensor([1, 2, 3, 4])
+    for given in ([2, 4], (2, 4), torch.tensor([[2], [4]])):
+        assert ops.successors(tokens, eos_token_id=given).tolist() == [1, -1, 3, -1]
+    assert ops.successors(tokens, eos_token_id=[]).tolist() == [1, 2, 3, -2]
+
+
+@pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf])
+def test_weights_of_experts_are_shares(dense, wrong):
+    student, teacher, tokens = dense
+    weight = torch.ones(2, 5)
+    weight[0, 0] = wrong  # no state
+    ops.td_loss(student, teacher, tokens, k=4, expert_weight=weight)
+    weight[0, 1] = wrong
+    with pytest.raises(ValueError, match="^expert_weight: expected finite numbers >= 0, got"):
+        ops.td_loss(student, teacher, tokens, k=4, expert_weight=weight)

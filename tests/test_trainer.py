@@ -14,6 +14,7 @@ from tiny import shuffled_tokenizer
 from tdkd import ops, records
 from tdkd import trainer as trainer_module
 from tdkd.errors import UserError
+from tdkd.kernels import routes
 from tdkd.models import load_model, load_tokenizer
 from tdkd.objectives import ForwardKL, IQLearn, parse
 from tdkd.trainer import TDConfig, TDTrainer, response_rows
@@ -558,7 +559,7 @@ REFUSED = {
     "action_top_k": (0, "action_top_k: expected a number >= 1, got 0"),
     "action_top_p": (1.5, r"action_top_p: expected a number in \(0, 1\], got 1.5"),
     "gamma": (-1, r"gamma: expected a number in \[0, 1\], got -1"),
-    "td_alpha": (0, "td_alpha: expected a number > 0, got 0"),
+    "td_alpha": (0, "td_alpha: expected a number > 0 and finite, got 0"),
     "td_weight": (-0.1, "td_weight: expected a number >= 0, got -0.1"),
     "teacher_temperature": (0, "teacher_temperature: expected a number > 0, got 0"),
 }
@@ -731,11 +732,13 @@ def learned(run, tokenizer):
     ]
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_an_answer_that_was_cut_has_no_end(tmp_path, tiny_teacher, tiny_student, streamed):
+@pytest.mark.parametrize("form", ["json", "torch", "numpy", "streamed"])
+def test_an_answer_that_was_cut_has_no_end(tmp_path, tiny_teacher, tiny_student, form):
     data = cut_and_whole()
-    if streamed:
+    if form == "streamed":
         data = data.to_iterable_dataset()
+    elif form != "json":
+        data = data.with_format(form)
     options = {"shuffle_dataset": False, "lm_weight": 0.5, "max_steps": 1}
     run = trainer(tmp_path, tiny_teacher, tiny_student, data, **options)
     tokenizer = load_tokenizer(tiny_student)
@@ -776,8 +779,9 @@ def test_an_answer_ends_as_its_template_ends_it(tmp_path, tiny_student):
         ("''", [2]),
     ):
         tokenizer.chat_template = TURNS.replace("END", end)
-        assert records.closing(tokenizer) == expected
-        assert records.encode(record, tokenizer).completion[3:] == expected
+        chat = records.Chat(tokenizer)
+        assert chat.end == expected[-1]
+        assert chat.encode(record).completion[3:] == expected
     tokenizer.chat_template = TURNS.replace("END", "'<|endoftext|>'")
     run = TDTrainer(
         load_model(tiny_student),
@@ -794,22 +798,23 @@ def test_what_a_template_is_told_beside_the_messages(tiny_student):
     tokenizer.chat_template = tokenizer.chat_template.replace("END", "eos_token")
     told = {"chat_template_kwargs": {"mood": "calm"}}
     for tools in ([{"name": "f"}], '[{"name": "f"}]'):
-        ids = records.prompt_ids({"prompt": "hi", "tools": tools, **told}, tokenizer)
+        ids = records.Chat(tokenizer).prompt({"prompt": "hi", "tools": tools, **told})
         assert tokenizer.decode(ids).startswith("f calm<|im_start|>user")
-    assert tokenizer.decode(records.prompt_ids({"prompt": "hi"}, tokenizer)).startswith("none <")
+    plain = records.Chat(tokenizer).prompt({"prompt": "hi"})
+    assert tokenizer.decode(plain).startswith("none <")
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UserError, match="^prompt: expected messages .* roles must alternate$"):
-        records.prompt_ids({"prompt": "hi"}, tokenizer)
+        records.Chat(tokenizer).prompt({"prompt": "hi"})
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"truncated": "false"}, "^truncated: expected true or false, got 'false'$"),
-        ({"prompt": "hi", "completion": "you"}, "^train_dataset: expected chat messages as prompt"),
+        ({"truncated": "false"}, "^train_dataset: truncated: expected true or false, got 'false'$"),
+        ({"prompt": "hi", "completion": "you"}, "^train_dataset: .* drop truncated where no"),
         (
             {"completion": [{"role": "assistant", "content": "a"}] * 2},
-            "^data: expected a completion of one message, got 2;",
+            "^train_dataset: completion: expected one message, got 2;",
         ),
     ],
     ids=["text", "no_chat", "several"],
@@ -818,6 +823,23 @@ def test_records_that_cannot_be_cut(tmp_path, tiny_teacher, tiny_student, change
     data = datasets.Dataset.from_list([{**conversations(1)[0], "truncated": True, **change}])
     with pytest.raises(UserError, match=message):
         trainer(tmp_path, tiny_teacher, tiny_student, data)
+
+
+def test_what_a_template_refuses_is_one_line(tmp_path, tiny_teacher, tiny_student):
+    tokenizer = load_tokenizer(tiny_student)
+    refuse = "{% if messages|length > 2 %}{{ raise_exception('two turns') }}{% endif %}"
+    tokenizer.chat_template = refuse + TURNS.replace("END", "eos_token")
+    record = conversations(1)[0]
+    long = {**record, "prompt": record["prompt"] * 2}
+    refused = "^train_dataset: .* template takes in example 1, got TemplateError: two turns$"
+    with pytest.raises(UserError, match=refused):
+        TDTrainer(
+            load_model(tiny_student),
+            str(tiny_teacher),
+            config(tmp_path),
+            train_dataset=datasets.Dataset.from_list([record, long]),
+            processing_class=tokenizer,
+        )
 
 
 def test_cut_answers_have_no_marks_of_the_assistant(tmp_path, tiny_teacher, tiny_student):
@@ -892,8 +914,12 @@ def test_added_adapters_are_resumed_and_the_best_come_back(
 
 def test_a_teacher_with_other_tokens_is_refused(tmp_path, tiny_teacher, tiny_student):
     other = shuffled_tokenizer(tiny_teacher, tmp_path / "other")
-    with pytest.raises(UserError, match="^teacher_model_name_or_path: expected the student's tok"):
+    with pytest.raises(UserError, match="^teacher_model: expected the student's tokenizer"):
         trainer(tmp_path, other, tiny_student)
+    with pytest.raises(UserError, match="^teacher_model: expected .* got /nowhere, which does not"):
+        trainer(tmp_path, "/nowhere", tiny_student)
+    with pytest.raises(UserError, match="^teacher_model_name_or_path: expected .* got /nowhere,"):
+        trainer(tmp_path, None, tiny_student, teacher_model_name_or_path="/nowhere")
 
 
 def test_the_card_of_a_run_after_one_that_was_killed(tmp_path, tiny_teacher, tiny_student):
@@ -903,3 +929,110 @@ def test_the_card_of_a_run_after_one_that_was_killed(tmp_path, tiny_teacher, tin
     run.create_model_card()
     assert (tmp_path / "README.md").stat().st_size
     assert not left.parent.exists()
+
+
+def evaluated(tmp_path, teacher, student, **options):
+    return TDTrainer(
+        load_model(student),
+        str(teacher),
+        config(
+            tmp_path,
+            normaliser="batch",
+            batch_vocabulary_extra=4,
+            batch_vocabulary_law="uniform",
+            action_top_k=2,
+            per_device_eval_batch_size=2,
+            **options,
+        ),
+        train_dataset=conversations(),
+        eval_dataset=conversations(5),
+        processing_class=load_tokenizer(student),
+    )
+
+
+def test_evaluation_takes_nothing_from_training_and_repeats_itself(
+    tmp_path, tiny_teacher, tiny_student, monkeypatch
+):
+    """The batch vocabulary samples columns; `predict` leaves nothing in the log."""
+    monkeypatch.setattr("tdkd.kernels.routes.BATCH_BELOW", 0.9)
+    monkeypatch.setitem(routes.BATCH_ROWS, "cpu", 0)
+    options = {"max_steps": 4, "per_device_train_batch_size": 2}
+    alone = evaluated(tmp_path / "alone", tiny_teacher, tiny_student, **options)
+    alone.train()
+    watched = evaluated(
+        tmp_path / "watched", tiny_teacher, tiny_student,
+        eval_strategy="steps", eval_steps=1, **options,
+    )  # fmt: skip
+    watched.train()
+    assert losses(watched) == losses(alone)
+    first = alone.evaluate()
+    assert alone.evaluate()["eval_loss"] == first["eval_loss"]
+    alone.predict(alone.train_dataset)
+    again = alone.evaluate()
+    same = {name for name in first if "runtime" not in name and "per_second" not in name}
+    assert {name: again[name] for name in same} == {name: first[name] for name in same}
+
+
+def test_an_objective_that_bootstraps_has_one_scale(tmp_path, tiny_teacher, tiny_student):
+    """Rows whose V' is unknown stay in the divisor, in evaluation as in training."""
+    data = [{**row, "truncated": i % 2 == 0} for i, row in enumerate(conversations(4))]
+    run = TDTrainer(
+        load_model(tiny_student),
+        str(tiny_teacher),
+        config(
+            tmp_path, objective="IQLearn('js', alpha=1.0)", learning_rate=0.0, max_steps=1,
+            per_device_eval_batch_size=4,
+        ),
+        train_dataset=datasets.Dataset.from_list(data),
+        eval_dataset=datasets.Dataset.from_list(data),
+        processing_class=load_tokenizer(tiny_student),
+    )  # fmt: skip
+    run.train()
+    assert run.evaluate()["eval_loss"] == pytest.approx(losses(run)[0], rel=1e-5)
+
+
+def test_a_micro_batch_without_rows_leaves_the_means_alone(tmp_path, tiny_teacher, tiny_student):
+    full = [
+        {"input_ids": [1, 70 + i, 71, 72, 2], "labels": [-100, -100, 71, 72, 2]} for i in (0, 1)
+    ]
+    empty = {"input_ids": [1, 70, 71], "labels": [-100] * 3}
+    means = []
+    for rows in (full, [full[0], empty, full[1], empty]):
+        run = trainer(
+            tmp_path, tiny_teacher, tiny_student, datasets.Dataset.from_list(rows),
+            shuffle_dataset=False, max_length=None, max_steps=1, learning_rate=0.0,
+            per_device_train_batch_size=1, gradient_accumulation_steps=len(rows),
+        )  # fmt: skip
+        run._get_train_sampler = lambda *_: None
+        run.train()
+        means.append(run.state.log_history[0])
+    for name in ("set_size", "teacher_mass", "q", "value", "td_error", "td_error_p50", "kappa"):
+        assert means[1][name] == pytest.approx(means[0][name], rel=1e-5), name
+
+
+def test_a_warm_start_takes_no_teacher(tmp_path, tiny_teacher, tiny_student):
+    with pytest.raises(UserError, match="^teacher_model: expected none without an objective"):
+        trainer(
+            tmp_path, tiny_teacher, tiny_student, imitation="none", td_weight=0.0, lm_weight=1.0
+        )
+
+
+UNUSED = {
+    "temperature": (2.0, "lmbda: 0, .*see student_temperature"),
+    "top_p": (0.5, "lmbda: 0, .*see action_top_p"),
+    "max_completion_length": (9, "lmbda: 0"),
+    "td_phi": ("js", "td_weight: 0"),
+    "td_stop_gradient": (False, "td_weight: 0"),
+    "target_decay": (0.5, "without target_network"),
+    "imitation_tail": (False, "imitation: none"),
+    "imitation_weight": (math.inf, None),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_fields_without_a_say_are_refused(tmp_path, name):
+    given, why = UNUSED[name]
+    options = {"imitation": "none", "lm_weight": 1.0} if name == "imitation_tail" else {}
+    message = f"{name}: expected it to be left out .*{why}" if why else f"{name}: expected a number"
+    with pytest.raises(UserError, match=message):
+        TDConfig(output_dir=str(tmp_path), **{name: given}, **options)

@@ -83,7 +83,8 @@ class Examples:
         max_length: int = 256,
     ) -> None:
         self.tokenizer, self.new_tokens = tokenizer, new_tokens
-        encoded = [records.encode(record, tokenizer, max_length) for record in data]
+        chat = records.Chat(tokenizer)
+        encoded = [chat.encode(record, max_length) for record in data]
         kept = [i for i, e in enumerate(encoded) if e.completion]
         self.records = [data[i] for i in kept]
         self.encoded = [encoded[i] for i in kept]

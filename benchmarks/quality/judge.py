@@ -48,6 +48,7 @@ def on_its_own(
 ) -> dict[str, Any]:
     """Answers sampled at temperature 1: Rouge-L, and both KLs on the states that they visit."""
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    chat = records.Chat(tokenizer)
     result: dict[str, Any] = {}
     sums = torch.zeros(len(POSITIONS), 4, dtype=torch.float64)
     every: list[float] = []
@@ -55,7 +56,7 @@ def on_its_own(
         scores: list[float] = []
         for first in range(0, len(data), BATCH * 2):
             part = data[first : first + BATCH * 2]
-            prompts = [records.prompt_ids(record, tokenizer) for record in part]
+            prompts = [chat.prompt(record) for record in part]
             drawn = sample(
                 student, tokenizer, prompts, max_new_tokens=new_tokens,
                 top_k=student.config.vocab_size, temperature=1.0, seed=seed + first,

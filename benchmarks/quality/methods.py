@@ -136,7 +136,7 @@ class Method:
                 gamma=given["gamma"],
                 state_value=state_value,
             )
-            told = {name: value.item() for name, value in made.items()}
+            told = {name: (x[0] / x[1].clamp(min=1e-30)).item() for name, x in made.items()}
         if self.dense is not None:
             with torch.no_grad():
                 wanted = teacher_hidden @ teacher.weight.T

@@ -52,7 +52,8 @@ class Case(NamedTuple):
     """kind of the teacher's logits; the student's are random."""
     device: str = "cpu"
     sets: str = "real"
-    """the action sets where the teacher is not live: those of a real one, or ``random``."""
+    """the action sets where the teacher is not live: those of a real one, ``random``, or a file of
+    them (:func:`tdkd.benchmark.linear.action_sets`)."""
     hidden: int = HIDDEN
     """H of both models where an op or a rival starts from hidden states."""
     compiled: bool = True

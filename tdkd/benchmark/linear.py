@@ -36,13 +36,15 @@ def action_sets(case: Case, generator: torch.Generator) -> tuple[ops.ActionSet, 
 
     ``real``: those of a real teacher at p = 0.8, cut at k; in a larger vocabulary the same ones
     spread out, so that the union is as large, and in a smaller one without what is not in it.
-    ``random``: k random tokens each, the worst case.
+    More rows than there are (2,048) repeat them, and the union stays as it is, which that of so
+    many rows of text does not. ``random``: k random tokens each, the worst case. Anything else is
+    the path of a file as ``SETS``.
     """
     rows, k, vocab, device = case.rows, min(case.k, case.vocab), case.vocab, generator.device
-    if case.sets == "real":
+    if case.sets != "random":
         import numpy as np
 
-        kept = np.load(SETS)
+        kept = np.load(SETS if case.sets == "real" else case.sets)
         count = torch.from_numpy(kept["count"].astype(np.int64))
         ids = torch.full((count.numel(), max(k, int(count.max()))), -1)
         held = torch.arange(ids.shape[1]) < count[:, None]

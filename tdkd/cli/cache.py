@@ -132,6 +132,12 @@ def run(
         "model_dtype": str(teacher.dtype).removeprefix("torch."),
         "vocab_size": columns if vocab_size is None else vocab_size,
     }
+    largest = max(map(max, examples["input_ids"]))
+    if largest >= settings["vocab_size"]:
+        raise UserError(
+            f"vocab-size: expected more than {largest}, the largest token of the data, got "
+            f"{settings['vocab_size']}"
+        )
     if processes.is_main_process:
         _, first = next(records.lines(data, "data"))
         settings |= {
@@ -218,12 +224,6 @@ class _Sets:
             pad_sequence([row[i] for row in rows], batch_first=True, padding_value=value)
             for i, value in enumerate((self.pad, -100))
         )
-        most, columns = int(ids.max()), self.options["vocab_size"]
-        if most >= columns:
-            raise UserError(
-                f"vocab-size: expected more than {most}, the largest token of the data, got "
-                f"{columns}"
-            )
         sizes = torch.tensor([len(row) for row, _ in rows])
         mask = torch.arange(ids.shape[1]) < sizes[:, None]
         keep = labels != -100
@@ -265,18 +265,18 @@ def _of_a_server(
     shard_examples: int,
 ) -> None:
     """A cache of the log-probabilities that a serving engine returned."""
-    tokenizer = load_tokenizer(directory, argument="tokenizer", chat=True)
+    chats = logprobs.has_chats(path)
+    tokenizer = load_tokenizer(directory, argument="tokenizer", chat=chats)
     settings = {
         **shared,
         "model_dtype": None,
         "vocab_size": len(tokenizer),
         "teacher": {"name": logprobs.model_name(path), "sha256": None},
         "tokenizer": cache.tokenizer_hash(tokenizer),
-        "chat_template": cache.template_hash(tokenizer),
+        "chat_template": cache.template_hash(tokenizer) if chats else None,
         "data": _data(path),
         "tokens_sha256": None,
     }
-    _begin(folder, {**settings, "shard_examples": shard_examples})
     left = logprobs.Left()
     examples = logprobs.read(
         path, tokenizer, k=shared["action_top_k"], top_p=shared["action_top_p"],
@@ -284,6 +284,8 @@ def _of_a_server(
     )  # fmt: skip
     number = 0
     while part := list(islice(examples, shard_examples)):
+        if not number:  # before, the file may be one of which nothing can be used
+            _begin(folder, {**settings, "shard_examples": shard_examples})
         _write(folder, number, part, settings)
         number += 1
     _finish(folder, number, settings, "")
@@ -303,11 +305,24 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
     records.check_directory(folder, "output")
     place = folder / SETTINGS
     if place.exists():
+        _check_tokens(place, settings)
         records.check_settings(place, settings)
     elif any(folder.iterdir()):
         raise UserError(f"output: expected a new folder or one of tdkd cache, got {folder}")
     else:
         records.write_whole(place, settings)
+
+
+def _check_tokens(place: Path, settings: dict[str, Any]) -> None:
+    """Says what makes other tokens of the same data and template, where nothing else differs."""
+    before = records.read_json(place)
+    if [name for name, value in settings.items() if before.get(name) != value] == ["tokens_sha256"]:
+        raise UserError(
+            f"tokens_sha256: expected the tokens that {place.parent} was begun with, got others of "
+            "the same data; a chat template that writes today's date (Llama 3) makes others every "
+            'day: give the records one, as "chat_template_kwargs": {"date_string": ...}, and '
+            "choose another --output to start afresh"
+        )
 
 
 def _finish(folder: Path, shards: int, settings: dict[str, Any], rate: str) -> None:
@@ -324,7 +339,7 @@ def _tell(made: cache.Cache, rate: str) -> None:
     console.print(
         f"{made.path}: {what.examples:,} examples, {what.states:,} states, "
         f"{what.members / max(1, what.states):.1f} members a set, {what.bytes:,} bytes: "
-        f"{what.bytes_a_state:.0f} a state, tokens included (DistillKit: 114 to 300){rate}",
+        f"{what.bytes_a_state:.0f} a state, tokens included{rate}",
         markup=False,
         soft_wrap=True,
     )

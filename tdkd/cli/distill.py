@@ -50,10 +50,33 @@ class SameTokens(TDTrainer):
 
 
 class Parser(TrlParser):
-    """TRL's parser, which refuses in one line."""
+    """TRL's parser, which refuses in one line, and takes no beginning of a name for the name."""
+
+    def __init__(self, *classes: type) -> None:
+        super().__init__(classes, prog="tdkd distill", allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+    def set_defaults_with_config(self, **fields: Any) -> list[str]:
+        """Takes the fields of the YAML file, all of which must be known."""
+        left = super().set_defaults_with_config(**fields)[::2]
+        if left:
+            _refuse_unknown("fields", [name.removeprefix("--") for name in left])
+        return []
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes flags, all of which must be known."""
+        found, left = super().parse_known_args(*args, **kwargs)
+        if left:
+            _refuse_unknown("flags", left)
+        return found, left
+
+
+def _refuse_unknown(what: str, names: list[str]) -> NoReturn:
+    raise UserError(
+        f"config: expected {what} of tdkd distill (--help lists them), got {' '.join(names)}"
+    )
 
 
 def run(args: list[str]) -> None:
@@ -130,8 +153,8 @@ def run(args: list[str]) -> None:
                 processing_class=tokenizer,
                 peft_config=get_peft_config(model),
             )
-        except UserError:
-            raise
+        except UserError as error:
+            raise UserError(_of_files(str(error))) from error
         except (ValueError, ImportError) as error:  # of options that TRL or transformers refuse
             raise UserError(f"config: {error}") from error
         if isinstance(trainer.train_dataset, Dataset) and not len(trainer.train_dataset):
@@ -162,6 +185,14 @@ def run(args: list[str]) -> None:
             console.print('no curves.png: pip install "tdkd[train]"', markup=False)
         elif curves.draw(picture, trainer.state.log_history):
             console.print(f"curves in {picture}", markup=False, soft_wrap=True)
+
+
+def _of_files(message: str) -> str:
+    """What the trainer calls its data sets are files here."""
+    for name in ("train", "eval"):
+        if message.startswith(f"{name}_dataset: "):
+            return message.replace("dataset", "file", 1)
+    return message
 
 
 def _check_options(data: DataConfig, config: TDConfig, model: ModelConfig) -> None:
@@ -217,7 +248,7 @@ def _alone(config: TDConfig) -> bool:
 
 
 def _parse(args: list[str]) -> tuple[DataConfig, TDConfig, ModelConfig]:
-    parser = Parser((DataConfig, TDConfig, ModelConfig), prog="tdkd distill")
+    parser = Parser(DataConfig, TDConfig, ModelConfig)
     try:
         return parser.parse_args_and_config(args)
     except FileNotFoundError as error:
@@ -254,6 +285,12 @@ def _check_lines(path: str, argument: str) -> None:
                     f"{', '.join(sorted(record)) or 'no field'}"
                 )
             first = {name: _kind(record[name]) for name in found[0]}
+            kinds = list(dict.fromkeys(first.values()))
+            if len(kinds) > 1:
+                raise UserError(
+                    f"{argument}: expected prompt and completion of one kind {place}, got "
+                    f"{' and '.join(kinds)}"
+                )
             if first.keys() - {"input_ids"} and not set(first.values()) <= {"a string", CHAT}:
                 first = dict.fromkeys(first, f"a string or {CHAT}")
         for name, kind in first.items():
@@ -351,10 +388,14 @@ def prepared(
         completion_only_loss={"prompt", "completion"} <= set(loaded.column_names),
     )
     tokenised = records.encode_truncated(loaded, tokenizer, argument)
-    made = SFTTrainer._prepare_dataset(
-        trainer, tokenised, tokenizer, config, packing=False, formatting_func=None,
-        dataset_name=argument,
-    )  # fmt: skip
+    try:
+        made = SFTTrainer._prepare_dataset(
+            trainer, tokenised, tokenizer, config, packing=False, formatting_func=None,
+            dataset_name=argument,
+        )  # fmt: skip
+    except records.UNRENDERED:
+        records.check_rendered(tokenised, tokenizer, argument, template)
+        raise
     if not len(made):
         raise UserError(
             f"{argument}: expected an example whose response begins within {max_length} tokens, "

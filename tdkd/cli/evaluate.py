@@ -73,8 +73,8 @@ def evaluate(
     Returns:
         The metrics of ``METRICS``, ``examples``, ``positions``, and ``samples``.
     Raises:
-        UserError: vocabularies differ, no record has a response within ``max_length``, or one is
-            longer than the models can be given.
+        UserError: vocabularies differ or lack a token of the data, no record has a response within
+            ``max_length``, or one is longer than the models can be given.
     """
     heads = lm_head(student), lm_head(teacher)
     sizes = heads[0].weight.shape[0], heads[1].weight.shape[0]
@@ -87,7 +87,8 @@ def evaluate(
         raise UserError(
             f"vocab-size: expected 1 to {min(sizes)}, the smaller vocabulary, got {vocab_size}"
         )
-    encoded = [records.encode(record, tokenizer, max_length) for record in data]
+    chat = records.Chat(tokenizer)
+    encoded = [chat.encode(record, max_length) for record in data]
     order = sorted(
         (i for i in range(len(data)) if encoded[i].completion),
         key=lambda i: len(encoded[i].prompt) + len(encoded[i].completion),
@@ -96,8 +97,16 @@ def evaluate(
         raise UserError(f"data: expected responses within max-length {max_length}, got none")
     longest = len(encoded[order[-1]].prompt) + len(encoded[order[-1]].completion)
     check_positions(longest, "max-length", student, teacher)
-    if rouge or samples:
-        longest = max(len(encoded[i].prompt) for i in order)
+    largest = max(max(encoded[i].prompt + encoded[i].completion) for i in order)
+    columns = min(sizes) if vocab_size is None else vocab_size
+    if largest >= columns:
+        raise UserError(
+            f"vocab-size: expected more than {largest}, the largest token of the data, got "
+            f"{columns}"
+        )
+    wanted = order if rouge else order[:samples]
+    if wanted:
+        longest = max(len(encoded[i].prompt) for i in wanted)
         check_positions(longest + max_new_tokens, "max-new-tokens", student)
     sums = torch.zeros(5, dtype=torch.float64)
     positions = 0
@@ -122,8 +131,7 @@ def evaluate(
         "positions": positions,
         "examples": len(order),
     }
-    if rouge or samples:
-        wanted = order if rouge else order[:samples]
+    if wanted:
         answers = _answers(
             student, tokenizer, [encoded[i].prompt for i in wanted], batch_size,
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,17 +141,23 @@ def run(
     }
     _same_settings(out, settings)
     teacher = load_model(model, device=device)
-    records.write_whole(_settings_path(out), settings)
+    chat = records.Chat(tokenizer)
+    overhead = len(chat.prompt({"prompt": ""}))  # what the template adds
     sampling: dict[str, Any] = {"top_k": top_k, "temperature": temperature}
     if given is None:
+        most = len(_user_opening(tokenizer)) + max_prompt_tokens
+        check_positions(most, "max-prompt-tokens", teacher)
+        # as long as a prompt may come
+        check_positions(overhead + max_prompt_tokens + max_new_tokens, "max-new-tokens", teacher)
+        records.write_whole(_settings_path(out), settings)
         written = _write_prompts(
             teacher, tokenizer, out, num_examples, max_prompt_tokens, batch_size, seed, sampling
         )
         given = [{"prompt": text} for text in written]
-    encoded = [records.prompt_ids(record, tokenizer) for record in given]
+    encoded = [chat.prompt(record) for record in given]
     # neighbours of one length waste no padding
     order = sorted(range(len(given)), key=lambda i: (len(encoded[i]), i))
-    order = [i for i in order if len(encoded[i]) <= max_prompt_tokens + _overhead(tokenizer)]
+    order = [i for i in order if len(encoded[i]) <= max_prompt_tokens + overhead]
     if not order:
         raise UserError(
             f"prompts: expected prompts of at most {max_prompt_tokens} tokens, got none that short"
@@ -161,6 +168,8 @@ def run(
         )
 
     check_positions(len(encoded[order[-1]]) + max_new_tokens, "max-new-tokens", teacher)
+    if prompts is not None:
+        records.write_whole(_settings_path(out), settings)
     size = out.stat().st_size if out.exists() else 0
     done = records.keep_lines(out, batch_size, len(order))
     if size and out.stat().st_size < size:
@@ -181,22 +190,35 @@ def run(
                 seed=_batch_seed(seed, "answers", start // batch_size),
                 **sampling,
             )
-            records.append(out, _answered(given, batch, answers, tokenizer))
+            texts = [
+                _text(chat, encoded[i], *answer) for i, answer in zip(batch, answers, strict=True)
+            ]
+            records.append(out, _answered([given[i] for i in batch], answers, texts))
             progress.update(task, advance=len(batch))
     console.print(f"{len(order)} records in {out}", markup=False)
 
 
+def _text(chat: records.Chat, prompt: list[int], tokens: list[int], truncated: bool) -> str:
+    """An answer as the content of a message, which is encoded to the tokens that were written."""
+    decode = partial(chat.tokenizer.decode, skip_special_tokens=True)
+    text = decode(tokens)
+    while truncated and text.endswith("\ufffd"):  # cut within a character
+        tokens = tokens[:-1]
+        text = decode(tokens)
+    # behind its prompt: alone, SentencePiece drops the space that an answer begins with
+    before, whole = decode(prompt), decode([*prompt, *tokens])
+    if whole.startswith(before):
+        text = whole.removeprefix(before)
+    return text.removeprefix(chat.between)
+
+
 def _answered(
-    given: list[records.Record],
-    batch: list[int],
-    answers: list[tuple[list[int], bool]],
-    tokenizer: PreTrainedTokenizerBase,
+    given: list[records.Record], answers: list[tuple[list[int], bool]], texts: list[str]
 ) -> Iterator[records.Record]:
-    for i, (tokens, truncated) in zip(batch, answers, strict=True):
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
+    for record, (_, truncated), text in zip(given, answers, texts, strict=True):
         yield {
-            **given[i],
-            "prompt": records.messages(given[i]["prompt"]),
+            **record,
+            "prompt": records.messages(record["prompt"]),
             "completion": [{"role": "assistant", "content": text}],
             "truncated": truncated,
         }
@@ -252,11 +274,6 @@ def _user_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     marker = "\u241f"
     text = records.render([{"role": "user", "content": marker}], tokenizer)
     return tokenizer(text.split(marker)[0], add_special_tokens=False).input_ids
-
-
-def _overhead(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that the chat template adds to a prompt."""
-    return len(records.prompt_ids({"prompt": ""}, tokenizer))
 
 
 def _batch_seed(seed: int, stage: str, batch: int) -> int:

@@ -167,17 +167,18 @@ def _encoded(
     seed: int,
 ) -> list[records.Encoded]:
     """Tokens of every record, the shortest first; answered by the teacher where need be."""
+    chat = records.Chat(tokenizer)
     encoded = []
     asked = []
     for record in data:
         if record.get("completion") is None:
-            asked.append(records.prompt_ids(record, tokenizer)[:max_length])
+            asked.append(chat.prompt(record))
         else:
-            encoded.append(records.encode(record, tokenizer, max_length))
-    asked.sort(key=len)
+            encoded.append(chat.encode(record, max_length))
+    # others leave no room for an answer
+    asked = sorted((prompt for prompt in asked if len(prompt) < max_length), key=len)
     if asked:
         check_positions(len(asked[-1]) + max_new_tokens, "max-new-tokens", teacher)
-    closing = records.closing(tokenizer)
     with progress_bar() as progress:
         task = progress.add_task("answers", total=len(asked), visible=bool(asked))
         for start in range(0, len(asked), batch_size):
@@ -186,7 +187,7 @@ def _encoded(
                 teacher, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed + start
             )
             for prompt, (tokens, truncated) in zip(prompts, drawn, strict=True):
-                whole = tokens if truncated else [*tokens, *closing]
+                whole = tokens if truncated else [*tokens, chat.end]
                 encoded.append(records.Encoded(prompt, whole[: max_length - len(prompt)]))
             progress.update(task, advance=len(prompts))
     encoded = [e for e in encoded if e.completion]

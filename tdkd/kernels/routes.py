@@ -103,7 +103,7 @@ def in_forward(rows: TDRows, hidden: Tensor, weight: Tensor) -> bool:
         and rows.state_value is None
         and learns(hidden, weight)
         and not torch.compiler.is_compiling()
-        and not (hidden.is_cuda and rows.looks_ahead)
+        and not (hidden.is_cuda and rows.linked)
         and factor_dtype(hidden, weight) != torch.float16
     )
 

@@ -80,6 +80,11 @@ class Weighted(Objective):
         total = torch.zeros_like(rows.value)
         for weight, objective in self.terms:
             loss = objective(rows)
+            if loss.shape != total.shape:
+                raise ValueError(
+                    f"objective: expected one loss a row {tuple(total.shape)} of {objective!r}, "
+                    f"got {tuple(loss.shape)}"
+                )
             if objective.bootstraps and not self.bootstraps:
                 loss = torch.where(rows.bootstrapped, loss, 0.0)
             total = total + weight * loss
@@ -132,6 +137,13 @@ def as_objective(objective: ObjectiveLike) -> Objective:
             "tdkd.objectives.parse makes one of text"
         )
     return _Function(objective)
+
+
+def is_ours(objective: Objective) -> bool:
+    """Whether all of it is of this package, not of a caller."""
+    if isinstance(objective, Weighted):
+        return all(is_ours(term) for _, term in objective.terms)
+    return type(objective).__module__.startswith("tdkd.") and not isinstance(objective, _Function)
 
 
 def _any(flags: Sequence[bool | None]) -> bool | None:

@@ -27,11 +27,11 @@ from tdkd.types import Scale, Vocabulary
 def links(rows: TDRows, hidden: Tensor, columns: int) -> tuple[Tensor, Tensor] | None:
     """Rows ``(from, to)`` of different chunks of which one is the other's successor.
 
-    None where they are so many that gradients in forward do not pay. A host sync where the
-    objective looks ahead.
+    None where they are so many that gradients in forward do not pay. A host sync where rows are
+    linked.
     """
     nothing = torch.empty(0, dtype=torch.int64, device=hidden.device)
-    if not rows.looks_ahead:
+    if not rows.linked:
         return nothing, nothing
     step = head.chunk_rows(hidden.device, columns)
     start = torch.arange(hidden.shape[0], device=hidden.device)
@@ -75,7 +75,7 @@ class _Loss(torch.autograd.Function):
             z[chunk], rest[chunk] = torch.ops.tdkd.student_rows(
                 logits, ids[chunk], *scale, log_weight, None
             )
-            if rows.looks_ahead:
+            if rows.linked:
                 number = chunk.start // step
                 others = torch.cat([start[end // step == number], end[start // step == number]])
                 inside = torch.arange(chunk.start, chunk.stop, device=hidden.device)
