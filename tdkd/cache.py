@@ -337,6 +337,7 @@ class Cache:
 
     def _found(self, states: Array) -> Iterator[tuple[_Shard, Array, Array]]:
         """Shards, where their states stand among the given ones, and their numbers there."""
+        states = np.asarray(states)
         if len(states) and states.max() >= self._starts[-1]:
             raise UserError(
                 f"train_dataset: expected labels that number the {self._starts[-1]} states of "

@@ -1050,9 +1050,10 @@ def _holds(vocabulary: Vocabulary, ids: Tensor, check: bool) -> None:
         )
 
 
-def routes(device: str = "cpu") -> str:
-    """The rule by which the linear forms choose their way, in words: ``tdkd info`` prints it."""
-    return _routes.describe(device)
+def routes(device: str = "cpu", columns: int = 49_152, width: int = 576) -> str:
+    """The rule by which the linear forms choose their way, in words, for a head
+    ``[columns, width]`` and 2,048 rows: ``tdkd info`` prints it."""
+    return _routes.describe(device, columns, width)
 
 
 def _linear_rows_of(

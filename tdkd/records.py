@@ -396,6 +396,11 @@ def template_options(record: Record) -> dict[str, Any]:
     return {"tools": tools, **(others or {})}
 
 
+FORM = 1
+"""To be raised where :meth:`Chat.encode` comes to make other tokens: the cache of datasets knows an
+object by its fields, not by its code."""
+
+
 class Chat:
     """How a tokenizer's chat template writes prompts and answers.
 
@@ -417,7 +422,7 @@ class Chat:
     """What the template writes behind an answer, up to the token that ends it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.form = tokenizer, FORM
         self.between, after = self._around()
         ends = [
             (at, -len(token.content), token.content, i)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tdkd.kernels.td_target.reference import next_value, td_target
 from tdkd.objectives import Objective
-from tdkd.objectives.base import is_ours
 from tdkd.types import Rows
 
 FLOOR = -10.0
@@ -121,9 +120,8 @@ class TDRows:
 
     @property
     def linked(self) -> bool:
-        """Whether the loss of a row may depend on its successor. Objectives of others may read it
-        where they do not look ahead; ours do not."""
-        return self.looks_ahead or not is_ours(self.objective)
+        """Whether the loss of a row may depend on which row follows."""
+        return self.looks_ahead or self.objective.successors
 
     @property
     def bootstrapped(self) -> Tensor:

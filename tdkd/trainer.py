@@ -185,8 +185,15 @@ class TDTrainer(SFTTrainer):
         elif self.objective is not None:
             self.teacher = self._prepared_teacher(teacher_model, student, args)
         if self.objective is not None:
-            rule = ops.routes(self.accelerator.device.type)
+            size = tuple(lm_head(student).weight.shape) if self._whole else ()
+            rule = ops.routes(self.accelerator.device.type, *size)
             logger.info("heads: normaliser %s; %s", args.normaliser, rule)
+            if args.q_level == "log_prob" and not args.value_head and self.objective.free_level:
+                logger.warning(
+                    "q_level: %r asks for a level of Q that log_prob has not; set q_level: logit "
+                    "or value_head: true (docs/objectives.md)",
+                    self.objective,
+                )
         if args.lmbda:
             self._go_online(args, student)
 

@@ -170,7 +170,7 @@ class Held:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.seen: list[Tensor] | None = None
-        for flag in ("bootstraps", "normalised", "starts", "looks_ahead"):
+        for flag in ("bootstraps", "normalised", "starts", "looks_ahead", "successors"):
             setattr(self, flag, getattr(objective, flag))
 
     def __call__(self, rows: Rows) -> Tensor:
@@ -273,7 +273,14 @@ def _padding(objective: Objective, case: Case) -> Iterator[str]:
 def _flags(objective: Objective, case: Case) -> Iterator[str]:
     flags = {
         name: getattr(objective, name) is not False
-        for name in ("bootstraps", "normalised", "starts", "looks_ahead", "demonstrations")
+        for name in (
+            "bootstraps",
+            "normalised",
+            "starts",
+            "looks_ahead",
+            "demonstrations",
+            "successors",
+        )  # fmt: skip
     }
     if flags["bootstraps"] and not flags["looks_ahead"]:
         yield "looks_ahead: expected True where bootstraps is, got False"
@@ -300,6 +307,9 @@ def _flags(objective: Objective, case: Case) -> Iterator[str]:
          not flags["looks_ahead"], counted),
         ("bootstraps", "V' where it is unknown", {"next_value": rows.next_value + shift},
          not flags["bootstraps"], unknown),
+        ("successors", "rows.successor where it does not look ahead",
+         {"successor": rows.successor.clamp(max=-1)},
+         not (flags["successors"] or flags["looks_ahead"] and rows.gamma), counted),
         ("demonstrations", "rows.expert_weight", {"expert_weight": shift},
          not flags["demonstrations"], counted),
     ]  # fmt: skip

@@ -825,3 +825,10 @@ def test_examples_longer_than_the_positions_are_refused(tmp_path, tiny_teacher):
 def test_a_max_length_that_leaves_nothing_of_a_cache(tmp_path, made, tiny_student):
     with pytest.raises(UserError, match=r"expected at least one example, got none that max_length"):
         cached_trainer(tmp_path, tiny_student, made, max_length=2)
+
+
+def test_states_may_be_numbered_by_a_tensor_or_a_list(made):
+    wanted = made.sets(np.array([3, -1, 0]))
+    for numbers in (torch.tensor([3, -1, 0]), [3, -1, 0]):
+        assert torch.equal(made.sets(numbers).ids, wanted.ids)
+        assert (made.tokens(numbers) == made.tokens(np.array([3, -1, 0]))).all()

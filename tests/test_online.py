@@ -1148,7 +1148,7 @@ REFUSED = [
     ({"lmbda": 0.5, "replay_size": 9}, "replay_size: expected it together with replay_ratio"),
     ({"teacher_mixture": 0.5}, "teacher_mixture: expected it to be left out with lmbda: 0"),
     ({"use_vllm": True}, "use_vllm: expected it to be left out with lmbda: 0"),
-    ({"generation_batch_size": 8}, "generation_batch_size: expected it to be left out with lmbda: 0"),
+    ({"generation_batch_size": 8}, "generation_batch_size: expected it to be left out with lm"),
     ({"generation_batch_size": 0}, "generation_batch_size: expected a number >= 1, got 0"),
     (
         {"lmbda": 0.5, "use_vllm": True, "teacher_mixture": 0.5},

@@ -560,7 +560,7 @@ REFUSED = {
     "action_top_p": (1.5, r"action_top_p: expected a number in \(0, 1\], got 1.5"),
     "gamma": (-1, r"gamma: expected a number in \[0, 1\], got -1"),
     "td_alpha": (0, "td_alpha: expected a number > 0 and finite, got 0"),
-    "td_weight": (-0.1, "td_weight: expected a number >= 0, got -0.1"),
+    "td_weight": (-0.1, "td_weight: expected a number >= 0 and finite, got -0.1"),
     "teacher_temperature": (0, "teacher_temperature: expected a number > 0, got 0"),
 }
 
@@ -1036,3 +1036,17 @@ def test_fields_without_a_say_are_refused(tmp_path, name):
     message = f"{name}: expected it to be left out .*{why}" if why else f"{name}: expected a number"
     with pytest.raises(UserError, match=message):
         TDConfig(output_dir=str(tmp_path), **{name: given}, **options)
+
+
+def test_what_asks_for_a_free_level_is_told_where_there_is_none(
+    tmp_path, tiny_teacher, tiny_student, caplog
+):
+    for objective, options, told in (
+        ("ForwardKL(tail=True) + 0.1 * LSIQ()", {}, True),
+        ("LSIQ()", {"q_level": "logit"}, False),
+        ("SQIL()", {"value_head": True}, False),
+        ("ForwardKL(tail=True)", {}, False),
+    ):
+        caplog.clear()
+        trainer(tmp_path, tiny_teacher, tiny_student, objective_text=objective, **options)
+        assert ("asks for a level of Q that log_prob has not" in caplog.text) == told

@@ -330,3 +330,18 @@ def test_load_takes_paths_and_texts(module):
     assert isinstance(load("tdkd.objectives.inverse:IQLearn"), IQLearn)
     text = "0.5 * ForwardKL(tail=True) + 1 * SoftTD(steps=2)"
     assert repr(load(text)) == repr(0.5 * ForwardKL(tail=True) + SoftTD(2))
+
+
+def test_an_objective_that_reads_successors_and_denies_it_is_found():
+    class Ends(ForwardKL):
+        def __call__(self, rows):
+            return torch.where(rows.successor == -1, 5.0, 1.0) * super().__call__(rows)
+
+    class Honest(Ends):
+        successors = True
+
+    for kind, failing in ((Ends, True), (Honest, False)):
+        findings = list(verify_objective(kind(tail=True), name="x", cases=20))
+        told = [failure for finding in findings for failure in finding.failures]
+        assert any("successors: expected True" in failure for failure in told) == failing
+        assert bool(told) == failing

@@ -129,9 +129,8 @@ def few(links: int, rows: int) -> bool:
     return links <= MOST_LINKS * rows + 1
 
 
-def describe(device: str) -> str:
-    """The rule in words, at the size of a small model and of a batch."""
-    columns, width, rows = 49_152, 576, 2048
+def describe(device: str, columns: int, width: int, rows: int = 2048) -> str:
+    """The rule in words, at the size of a head and of a batch."""
     gather = gather_below(device, columns, width, rows) * columns
     return (
         f"no normaliser: k head rows if k < {gather:,.0f}, else all; batch: M columns if M < "

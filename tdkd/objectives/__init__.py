@@ -12,6 +12,12 @@ them is given everything, counts as one that bootstraps, and is refused nothing)
     the loss of a row reads that row alone, and V' and the teacher's side of its successor, and has
     no parameters that learn: the linear forms then compute it, with its gradient, a chunk of rows
     at a time, which spares them a product with the head.
+``successors``
+    it may read which row follows (``rows.successor``, ``rows.following``) where it does not look
+    ahead: True, unless it says that it does not. Chunks of rows then end anywhere, and a GPU need
+    not wait to see who follows whom.
+``free_level``
+    it asks of Q a level that log-probabilities do not have: ``TDTrainer`` warns.
 ``looks_ahead``
     it reads V' at all: the same as ``bootstraps``, but for a sum, of which one term may.
 ``starts``

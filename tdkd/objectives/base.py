@@ -21,6 +21,8 @@ class Objective:
     bootstraps: bool = False
     normalised: bool = False
     rowwise: bool = False
+    successors: bool = True
+    free_level: bool = False
     starts: bool | None = False
     demonstrations: bool | None = False
 
@@ -69,6 +71,8 @@ class Weighted(Objective):
         self.rowwise = all(
             objective.rowwise and not isinstance(weight, Tensor) for weight, objective in self.terms
         )
+        self.successors = any(objective.successors for objective in objectives)
+        self.free_level = any(objective.free_level for objective in objectives)
         self.starts = _any([objective.starts for objective in objectives])
         self.demonstrations = _any([objective.demonstrations for objective in objectives])
 
@@ -108,6 +112,8 @@ class _Function(Objective):
         self.bootstraps = getattr(function, "bootstraps", True)
         self.normalised = getattr(function, "normalised", True)
         self.rowwise = getattr(function, "rowwise", False)
+        self.successors = getattr(function, "successors", True)
+        self.free_level = getattr(function, "free_level", False)
         self.starts = getattr(function, "starts", None)
         self.demonstrations = getattr(function, "demonstrations", None)
 
@@ -137,13 +143,6 @@ def as_objective(objective: ObjectiveLike) -> Objective:
             "tdkd.objectives.parse makes one of text"
         )
     return _Function(objective)
-
-
-def is_ours(objective: Objective) -> bool:
-    """Whether all of it is of this package, not of a caller."""
-    if isinstance(objective, Weighted):
-        return all(is_ours(term) for _, term in objective.terms)
-    return type(objective).__module__.startswith("tdkd.") and not isinstance(objective, _Function)
 
 
 def _any(flags: Sequence[bool | None]) -> bool | None:

@@ -21,6 +21,7 @@ class _OnTheSet(Objective):
     """Shared by the divergences: the two distributions, with or without the tail bucket."""
 
     rowwise = True
+    successors = False
 
     def __init__(self, *, tail: bool = False) -> None:
         one_of("tail", tail, (False, True))

@@ -118,6 +118,7 @@ class IQLearn(Objective):
 
     bootstraps = True
     rowwise = True
+    successors = False
     demonstrations = True
 
     def __init__(
@@ -210,6 +211,8 @@ class LSIQ(Objective):
 
     bootstraps = True
     rowwise = True
+    successors = False
+    free_level = True
     demonstrations = True
 
     def __init__(
@@ -274,6 +277,7 @@ class SQIL(Objective):
     """
 
     bootstraps = True
+    free_level = True
     demonstrations = True
 
     def __init__(
@@ -293,6 +297,10 @@ class SQIL(Objective):
     @property
     def rowwise(self) -> bool:  # type: ignore[override]
         return not callable(self.reward)  # a function may read other rows, and learn
+
+    @property
+    def successors(self) -> bool:  # type: ignore[override]
+        return callable(self.reward)
 
     def __call__(self, rows: Rows) -> Tensor:
         if callable(self.reward):

@@ -60,6 +60,7 @@ class SoftTD(Objective):
     """
 
     bootstraps = True
+    successors = False
 
     def __init__(
         self,
