@@ -25,6 +25,7 @@ from torch import Tensor
 from tdkd import arguments as _check
 from tdkd.kernels import backends as _backends
 from tdkd.kernels import gather_q as _gather_q
+from tdkd.kernels import head as _head
 from tdkd.kernels import linear_gather_q as _linear_gather_q
 from tdkd.kernels import linear_rows as _linear_rows
 from tdkd.kernels import linear_select_actions as _linear_select_actions
@@ -1072,7 +1073,8 @@ def _head_rows_of(impl: Impl, hidden: Tensor, weight: Tensor, k: int) -> Callabl
 
 def _gathers(hidden: Tensor, weight: Tensor, k: int) -> bool:
     columns, width = weight.shape
-    return _routes.gathers(weight.device.type, k, columns, width, hidden.shape[0])
+    factors = _head.factor_dtype(hidden, weight)
+    return _routes.gathers(weight.device.type, k, columns, width, hidden.shape[0], factors)
 
 
 def _needs_normaliser(objective: Objective, q: Level) -> bool:

@@ -259,8 +259,12 @@ def raw_ops(
     on_gpus = {"student_rows_backward_as": (*backward, torch.bfloat16)}
     if triton is None:
         triton = device is not None and device.type == "cuda"
+    some = x[0].bfloat16()
+    on_cpus = {"product_": (normal(4, 4), some, some.T, True)}
+    if not backends.MULTIPLIES_BFLOAT16:
+        on_cpus = {}
     return {
-        **(on_gpus if triton else {}),
+        **(on_gpus if triton else on_cpus),
         "select_actions": (x, 5, 0.9, *scale, ids[..., 0], state),
         "gather_q": (x, ids, *scale),
         "gather_q_backward": (grad_z, x, ids, *scale),

@@ -488,9 +488,12 @@ def test_the_routes_are_measured_where_they_may_cross():
     assert sides == {True, False}
 
 
-def test_the_rule_takes_the_way_that_was_measured_to_cost_least():
+@pytest.mark.parametrize(
+    "name,factors", [("routes", torch.float32), ("routes-bfloat16", torch.bfloat16)]
+)
+def test_the_rule_takes_the_way_that_was_measured_to_cost_least(name, factors):
     """Within the noise of a measurement, which is in the repository."""
-    path = Path(__file__).parents[1] / "benchmarks" / "results" / "routes.json"
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / f"{name}.json"
     cases = json.loads(path.read_text())["cases"]
     assert len(cases) == len(SUITES["routes"])
     for case in cases:
@@ -498,7 +501,7 @@ def test_the_rule_takes_the_way_that_was_measured_to_cost_least():
         k, columns, rows = case["k"], case["vocab"], case["rows"]
         if case["op"] == "linear_gather_q":
             names = ("k rows", "all rows")
-            first = routes.gathers("cpu", k, columns, case["hidden"], rows)
+            first = routes.gathers("cpu", k, columns, case["hidden"], rows, factors)
         else:
             names = ("batch", "exact")
             # of random sets the union, and the sample beside it

@@ -13,7 +13,15 @@ from checks import check_linear_gather_q, check_student_rows
 from torch.library import opcheck
 
 from tdkd import ops
-from tdkd.kernels import backends, gather_q, select_actions, soft_value, student_rows, td_target
+from tdkd.kernels import (
+    backends,
+    gather_q,
+    head,
+    select_actions,
+    soft_value,
+    student_rows,
+    td_target,
+)
 from tdkd.kernels.student_rows import reference as student_rows_reference
 from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn
 from tdkd.testing import SCALES, hard_rows, head_case, make_logits, raw_ops, ulps
@@ -25,6 +33,8 @@ ISAS = ["portable", "avx2", "avx512"]
 if backends.MISSING is None:
     ISAS = ISAS[: ISAS.index(backends.capability()) + 1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PRODUCTS = [(1, 1, 1), (3, 5, 7), (64, 64, 64), (65, 63, 129), (137, 577, 1031), (700, 1300, 2)]
+PRODUCTS += [(1, 2048, 33), (1500, 40, 64), (0, 5, 3), (5, 0, 3), (5, 3, 0)]
 INF = torch.inf
 
 
@@ -445,6 +455,88 @@ def test_torch_compile_without_a_graph_break(objective):
             torch.testing.assert_close(got, expected)
 
 
+multiplies_bfloat16 = pytest.mark.skipif(
+    not backends.MULTIPLIES_BFLOAT16, reason="this CPU or this torch has no product of bfloat16"
+)
+
+
+def brain(rows, columns, layout, seed):
+    """A bfloat16 matrix whose rows, whose columns, or neither are contiguous."""
+    generator = torch.Generator().manual_seed(seed)
+    stored = torch.randn(columns, rows, generator=generator).bfloat16()
+    if layout == "columns":
+        return stored.T
+    stored = stored.T.contiguous()
+    return stored if layout == "rows" else torch.stack([stored, stored], -1)[..., 0]
+
+
+@multiplies_bfloat16
+@pytest.mark.parametrize("rows,columns,depth", PRODUCTS)
+@pytest.mark.parametrize("of_a", ["rows", "columns", "neither"])
+@pytest.mark.parametrize("of_b", ["rows", "columns", "neither"])
+def test_products_of_bfloat16_are_summed_in_float32(rows, columns, depth, of_a, of_b):
+    """Blocks that end anywhere; results whose rows begin anywhere, with room between them."""
+    a, b = brain(rows, depth, of_a, 1), brain(depth, columns, of_b, 2)
+    exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    for add in (False, True):
+        room = torch.full((rows, columns + 5), 3.0 if add else torch.nan)
+        out = room[:, 2 : columns + 2]
+        head.product_(out, a, b, add=add)
+        error = (out - exact - (3 if add else 0)).abs()
+        assert (error <= 2**-23 * (depth**0.5 * size + 3)).all()
+        room[:, 2 : columns + 2] = 3.0 if add else torch.nan
+        assert (room == 3).all() if add else room.isnan().all()
+
+
+@multiplies_bfloat16
+def test_products_of_bfloat16_keep_what_is_not_finite_where_it_is():
+    a, b = brain(70, 90, "rows", 1), brain(90, 130, "columns", 2)
+    a[3, 5], a[7, 8], b[6, 100] = torch.inf, torch.nan, torch.inf
+    out = torch.empty(70, 130)
+    head.product_(out, a, b)
+    exact = a.double() @ b.double()
+    assert torch.equal(out.isnan(), exact.isnan())
+    assert torch.equal(out.isinf(), exact.isinf())
+    assert torch.equal(out.sign().nan_to_num(), exact.sign().nan_to_num())
+
+
+@multiplies_bfloat16
+def test_products_of_bfloat16_refuse_what_does_not_fit():
+    a, b, out = brain(3, 4, "rows", 1), brain(4, 5, "rows", 2), torch.empty(3, 5)
+    for given, message in (
+        ((out, a.float(), b), "a: expected a bfloat16 matrix"),
+        ((out, a, b[0]), "b: expected a bfloat16 matrix, got 1 dim"),
+        ((out, a, b[:3]), "a, b: expected equal depths, got 4 and 3"),
+        ((out[:2], a, b), r"out: expected float32 \[3, 5\] with contiguous rows"),
+        ((out.double(), a, b), "out: expected float32"),
+        ((torch.empty(5, 3).T, a, b), "out: expected float32"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^{message}"):
+            torch.ops.tdkd.product_(*given, False)
+
+
+@multiplies_bfloat16
+def test_a_smaller_cpu_multiplies_in_float32():
+    """The same logits, since products of bfloat16 are exact in float32."""
+    code = (
+        "import torch\n"
+        "from tdkd import ops\n"
+        "from tdkd.kernels import backends\n"
+        "x = torch.randn(9, 40, generator=torch.Generator().manual_seed(0)).bfloat16()\n"
+        "print(backends.MULTIPLIES_BFLOAT16, *ops.linear_logsumexp(x[:2], x).tolist())\n"
+    )
+    found = []
+    for capability in ("avx512", "avx2"):
+        env = {**os.environ, "TDKD_CPU_CAPABILITY": capability}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+        )
+        able, *values = done.stdout.split()
+        assert able == str(capability == "avx512")
+        found.append([float(x) for x in values])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
 def test_capability_is_chosen_by_the_environment(monkeypatch):
     monkeypatch.setenv("TDKD_CPU_CAPABILITY", "portable")
     assert backends.capability() == "portable"
@@ -453,7 +545,8 @@ def test_capability_is_chosen_by_the_environment(monkeypatch):
         backends.capability()
 
 
-def test_library_asks_torch_for_its_stable_abi_alone():
+def test_library_needs_the_stable_abi_of_torch_alone():
+    """Blocks of bfloat16 products are weak symbols: a torch without them loads the library."""
     import tdkd._C
 
     symbols = subprocess.run(
@@ -462,8 +555,8 @@ def test_library_asks_torch_for_its_stable_abi_alone():
         text=True,
         check=True,
     ).stdout
-    foreign = [line for line in symbols.splitlines() if "at::" in line or "c10::" in line]
-    assert foreign == []
+    foreign = [line.split() for line in symbols.splitlines() if "at::" in line or "c10::" in line]
+    assert all(kind == "w" and "cpublas::brgemm" in name for kind, name, *_ in foreign)
     assert tdkd._C.__file__.endswith(".abi3.so")
 
 

@@ -7,7 +7,7 @@ import torch
 
 from tdkd import ops
 from tdkd import types as ops_types
-from tdkd.kernels import head, routes
+from tdkd.kernels import backends, head, routes
 from tdkd.kernels.batch_vocabulary import reference as batch_vocabulary_reference
 from tdkd.kernels.batch_vocabulary.reference import student_law
 from tdkd.objectives import (
@@ -22,6 +22,7 @@ from tdkd.objectives import (
 )
 
 ROWS, VOCAB, WIDTH, K = 23, 90, 12, 6
+FLOAT32, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 OBJECTIVES = [
     ForwardKL(tail=True) + 0.1 * IQLearn(alpha=1.0, stop_gradient="next"),
     IQLearn(alpha=1.0, expectation="teacher"),
@@ -231,17 +232,17 @@ def test_second_backward_and_gradients_of_the_other_outputs():
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
 def test_hidden_states_that_are_used_twice_and_other_dtypes(kind):
     leaves, tokens, actions = make(kind, bias=False)
-    hidden, weight = leaves
-    options = {"objective": OBJECTIVES[0], "normaliser": "exact"}
-    out = loss(leaves, tokens, actions, **options)
-    (out.loss + hidden.float().square().sum()).backward()
     wide = [x.detach().double().requires_grad_() for x in leaves]
-    exact = loss(wide, tokens, actions, impl="reference", **options)
-    (exact.loss + wide[0].square().sum()).backward()
-    for x, wanted in zip(leaves, wide, strict=True):
+    eager = [x.detach().clone().requires_grad_() for x in leaves]
+    for some, impl in ((leaves, "auto"), (eager, "reference"), (wide, "reference")):
+        options = {"objective": OBJECTIVES[0], "normaliser": "exact", "impl": impl}
+        out = loss(some, tokens, actions, **options)
+        (out.loss + some[0].to(wide[0].dtype).square().sum()).backward()
+    for x, theirs, wanted in zip(leaves, eager, wide, strict=True):
         assert x.grad.dtype == kind
         unit = torch.finfo(kind).eps * wanted.grad.abs().max()
-        assert (x.grad.double() - wanted.grad).abs().max() <= 2 * unit
+        error, allowed = ((y.grad.double() - wanted.grad).abs().max() for y in (x, theirs))
+        assert error <= allowed + 2 * unit
 
 
 def test_a_loss_scale_keeps_small_gradients_of_float16():
@@ -431,6 +432,8 @@ def test_routes():
     assert routes.gathers("cpu", 1024, 49_152, 576, 2048)
     assert not routes.gathers("cpu", 4096, 49_152, 576, 2048)
     assert routes.gathers("cpu", 4096, 49_152, 576, 16)
+    assert routes.gathers("cpu", 1024, 49_152, 576, 2048, BRAIN)
+    assert not routes.gathers("cpu", 2048, 49_152, 576, 2048, BRAIN)
     assert not routes.gathers("cuda", 64, 4_000, 576, 2048)
     assert routes.gathers("cuda", 64, 49_152, 576, 2048)
     assert routes.pays("cpu", 40_000, 49_152, 2048)
@@ -604,15 +607,15 @@ def test_what_is_frozen_takes_one_pass_too(products, frozen):
     assert sum(products) == ROWS
 
 
-FLOAT32, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
-
-
 @pytest.mark.parametrize(
     "device,hidden,weight,autocast,factors",
     [
         ("cpu", FLOAT32, FLOAT32, None, FLOAT32),
-        ("cpu", BRAIN, BRAIN, None, FLOAT32),
-        ("cpu", FLOAT32, FLOAT32, BRAIN, FLOAT32),
+        ("cpu", BRAIN, BRAIN, None, BRAIN),
+        ("cpu", HALF, HALF, None, FLOAT32),
+        ("cpu", FLOAT32, FLOAT32, BRAIN, BRAIN),
+        ("cpu", FLOAT32, FLOAT32, HALF, FLOAT32),
+        ("mps", BRAIN, BRAIN, None, FLOAT32),
         ("cuda", FLOAT32, FLOAT32, None, FLOAT32),
         ("cuda", BRAIN, BRAIN, None, BRAIN),
         ("cuda", HALF, HALF, None, HALF),
@@ -623,8 +626,15 @@ FLOAT32, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
         ("cuda", BRAIN, FLOAT32, BRAIN, BRAIN),
     ],
 )
-def test_the_factors_of_products(device, hidden, weight, autocast, factors):
-    assert head.factors_of(device, hidden, weight, autocast) == factors
+def test_the_factors_of_products(monkeypatch, device, hidden, weight, autocast, factors):
+    given, others = (device, hidden, weight, autocast), FLOAT32 if device == "cpu" else factors
+    monkeypatch.setattr(backends, "MULTIPLIES_BFLOAT16", True)
+    assert head.factors_of(*given) == factors
+    with monkeypatch.context() as without:
+        without.setattr(torch.backends.mkldnn, "enabled", False)
+        assert head.factors_of(*given) == others
+    monkeypatch.setattr(backends, "MULTIPLIES_BFLOAT16", False)
+    assert head.factors_of(*given) == others
 
 
 class On:

@@ -34,7 +34,8 @@ def run() -> None:
         "cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )
     table.add_row("ops", 'impl="reference" on every device')
-    table.add_row("cpu kernels", escape(backends.MISSING or backends.capability()))
+    wide = "" if backends.MULTIPLIES_BFLOAT16 else "; bfloat16 heads multiply in float32"
+    table.add_row("cpu kernels", escape(backends.MISSING or backends.capability() + wide))
     largest = f"Triton, sets of at most {backends.GPU_MAX_K:,}; the reference takes larger ones"
     table.add_row("gpu kernels", backends.GPU_MISSING or largest)
     for device in ("cpu", "cuda"):

@@ -41,6 +41,9 @@ def _load() -> str | None:
 MISSING = _load()
 """Why there are no CPU kernels; None where there are."""
 
+MULTIPLIES_BFLOAT16 = MISSING is None and torch.ops.tdkd.multiplies_bfloat16()
+"""Whether the CPU kernels have a product of bfloat16 matrices with a float32 result."""
+
 GPU_MISSING = (
     None if importlib.util.find_spec("triton") else 'Triton is not installed: pip install "triton"'
 )

@@ -7,7 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tdkd.kernels import backends
+from tdkd.kernels.backends import LIBRARY, fake
 from tdkd.kernels.linear_rows.reference import row_chunks
+
+LIBRARY.define("product_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()")
+fake("product_", lambda out, a, b, add: None)
 
 CHUNK_ELEMENTS = {"cpu": 12 << 20, "cuda": 1 << 28}
 """Logits that exist at a time: 48 MiB on CPU, 256 rows of 49,152, which the library takes a
@@ -42,13 +47,15 @@ def factor_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 def factors_of(
     device: str, hidden: torch.dtype, weight: torch.dtype, autocast: torch.dtype | None
 ) -> torch.dtype:
-    """float32 on CPU, which has no product of bfloat16 matrices with a float32 result. On GPUs the
-    dtype of autocast where it is on, and without it that of the operands where they share one."""
-    if device != "cuda":
-        return torch.float32
-    if autocast is not None:
-        return autocast
-    return weight if weight == hidden else torch.float32
+    """The dtype of autocast where it is on, and without it that of the operands where they share
+    one; float32 where the device has no product of it with a float32 result. CPUs have that of
+    bfloat16 with AVX512-BF16 or AMX, as long as nobody has switched oneDNN off."""
+    wanted = autocast or (weight if weight == hidden else torch.float32)
+    if device == "cpu" and wanted == torch.bfloat16:
+        able = backends.MULTIPLIES_BFLOAT16 and torch.backends.mkldnn.enabled
+    else:
+        able = device == "cuda"
+    return wanted if able else torch.float32
 
 
 class Head:
@@ -68,8 +75,10 @@ class Head:
         rows, hidden = hidden.shape[0], hidden.to(self.weight.dtype)
         if self._room is None or self._room.shape[0] < rows:
             self._room = hidden.new_empty((rows, self.weight.shape[0]), dtype=torch.float32)
-        room = self._room[:rows]
-        for panel in row_chunks(self.weight.shape[0], 1, PANEL_COLUMNS[hidden.device.type]):
+        room, columns = self._room[:rows], self.weight.shape[0]
+        if hidden.dtype == torch.float32:
+            columns = PANEL_COLUMNS[hidden.device.type]
+        for panel in row_chunks(self.weight.shape[0], 1, columns):
             columns = room[:, panel]
             if self.bias is not None:
                 columns.copy_(self.bias[panel])
@@ -82,6 +91,8 @@ def product_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
     with torch.autocast(out.device.type, enabled=False):
         if a.dtype == torch.float32:
             out.addmm_(a, b, beta=int(add))  # beta = 0 ignores what was there
+        elif out.device.type == "cpu":
+            torch.ops.tdkd.product_(out, a, b, add)
         elif torch.compiler.is_compiling():
             # inductor knows no addmm whose result is wider than its factors (pytorch issue 163880)
             made = torch.mm(a, b, out_dtype=torch.float32)
@@ -106,6 +117,7 @@ class Gradients:
         self.weight = torch.empty_like(weight, dtype=torch.float32) if wanted[1] else None
         self.bias = None
         self._begun = False
+        self._room: Tensor | None = None
         if bias is not None and wanted[2]:
             self.bias = torch.zeros_like(bias, dtype=torch.float32)
 
@@ -118,7 +130,10 @@ class Gradients:
         """Adds the part of ``rows``, whose logits have the gradient ``grad``."""
         if self.bias is not None:
             self.bias += grad.sum(0)
-        grad = grad.to(head.weight.dtype)
+        if grad.dtype != head.weight.dtype:
+            if self._room is None:
+                self._room = torch.empty_like(grad, dtype=head.weight.dtype)
+            grad = self._room[: grad.shape[0]].copy_(grad)
         if self.hidden is not None:
             product_(self.hidden[rows], grad, head.weight)
         if self.weight is not None:

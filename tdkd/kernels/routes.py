@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from tdkd.kernels.head import factor_dtype
+from tdkd.kernels.head import factor_dtype, factors_of
 from tdkd.objectives import ForwardKL
 
 if TYPE_CHECKING:
@@ -53,24 +53,37 @@ def forced(way: Way) -> Iterator[None]:
         _forced = before
 
 
-def gather_below(device: str, columns: int, width: int, rows: int) -> float:
+def gather_below(
+    device: str, columns: int, width: int, rows: int, factors: torch.dtype = torch.float32
+) -> float:
     """k / V below which k head rows a position cost less than products with the whole head.
 
     On a CPU the bound falls with the square root of the head's size, as long as a part of it stays
     in the caches, which is where rows that are picked differ most from rows in order. With few rows
-    products are little beside the head itself, which they read and whose gradient they write.
+    products are little beside the head itself, which they read and whose gradient they write. Where
+    the CPU multiplies bfloat16, products cost a third and rows what they did.
     """
-    if device == "cpu":
-        bound = max(0.062, 0.27 * ((1 << 20) / max(1, columns * width)) ** 0.5)
-        return min(0.25, bound * (1 + 8 / max(1, rows)))
-    return 0.005
+    if device != "cpu":
+        return 0.005
+    if factors == torch.bfloat16:
+        return min(0.25, 0.03 * (1 + 80 / max(1, rows)))
+    bound = max(0.062, 0.27 * ((1 << 20) / max(1, columns * width)) ** 0.5)
+    return min(0.25, bound * (1 + 8 / max(1, rows)))
 
 
-def gathers(device: str, k: int, columns: int, width: int, rows: int) -> bool:
-    """Whether k of the head's rows a position are to be gathered, or all multiplied."""
+def gathers(
+    device: str,
+    k: int,
+    columns: int,
+    width: int,
+    rows: int,
+    factors: torch.dtype = torch.float32,
+) -> bool:
+    """Whether k of the head's rows a position are to be gathered, or all multiplied, by products
+    that take ``factors``."""
     if _forced in ("gather", "products"):
         return _forced == "gather"
-    return k < gather_below(device, columns, width, rows) * columns
+    return k < gather_below(device, columns, width, rows, factors) * columns
 
 
 def batch_below(device: str, rows: int) -> float:
@@ -131,9 +144,12 @@ def few(links: int, rows: int) -> bool:
 
 def describe(device: str, columns: int, width: int, rows: int = 2048) -> str:
     """The rule in words, at the size of a head and of a batch."""
-    gather = gather_below(device, columns, width, rows) * columns
+    gather = f"{gather_below(device, columns, width, rows) * columns:,.0f}"
+    low = factors_of(device, torch.bfloat16, torch.bfloat16, None)
+    if device == "cpu" and low == torch.bfloat16:
+        gather += f" ({gather_below(device, columns, width, rows, low) * columns:,.0f} in bfloat16)"
     return (
-        f"no normaliser: k head rows if k < {gather:,.0f}, else all; batch: M columns if M < "
+        f"no normaliser: k head rows if k < {gather}, else all; batch: M columns if M < "
         f"{batch_below(device, rows):.2g} V, else all (V = {columns:,}, H = {width}, {rows:,} "
         "rows); exact: all"
     )
