@@ -22,8 +22,8 @@ WIDE_COLUMNS = {"cpu": 1 << 16, "cuda": 1 << 62}
 the head, which costs a CPU more than the products where few rows bring it: at 151,936 columns 192
 rows a chunk (111 MiB, of gigabytes that dense logits take) are a fifth faster than 75."""
 PANEL_COLUMNS = {"cpu": 2048, "cuda": 1 << 62}
-"""Columns of logits that one product makes. The CPU's library is a fifth slower where a chunk has
-few rows and the head is whole, and not so where the part of the head that it reads stays cached."""
+"""Columns of logits that one product of float32 makes. The CPU's library is a fifth slower where a
+chunk has few rows and the head is whole, and not so where what it reads of that stays cached."""
 
 
 def chunk_rows(device: torch.device, columns: int) -> int:
@@ -75,10 +75,10 @@ class Head:
         rows, hidden = hidden.shape[0], hidden.to(self.weight.dtype)
         if self._room is None or self._room.shape[0] < rows:
             self._room = hidden.new_empty((rows, self.weight.shape[0]), dtype=torch.float32)
-        room, columns = self._room[:rows], self.weight.shape[0]
+        room, width = self._room[:rows], self.weight.shape[0]
         if hidden.dtype == torch.float32:
-            columns = PANEL_COLUMNS[hidden.device.type]
-        for panel in row_chunks(self.weight.shape[0], 1, columns):
+            width = PANEL_COLUMNS[hidden.device.type]
+        for panel in row_chunks(self.weight.shape[0], 1, width):
             columns = room[:, panel]
             if self.bias is not None:
                 columns.copy_(self.bias[panel])

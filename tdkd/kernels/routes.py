@@ -66,7 +66,7 @@ def gather_below(
     if device != "cpu":
         return 0.005
     if factors == torch.bfloat16:
-        return min(0.25, 0.03 * (1 + 80 / max(1, rows)))
+        return min(0.25, 0.029 * (1 + 90 / max(1, rows)))
     bound = max(0.062, 0.27 * ((1 << 20) / max(1, columns * width)) ** 0.5)
     return min(0.25, bound * (1 + 8 / max(1, rows)))
 
