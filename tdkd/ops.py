@@ -8,8 +8,11 @@ Conventions: student before teacher; logits ``[..., V]``, or hidden states ``[..
 and raises where there is none; ``"auto"`` takes the kernel where one exists, and on a GPU warns
 once where none does.
 
-On GPUs products with a head take their factors in the dtype of autocast, where it is on, as those
-of a linear layer do; results are float32, and gradients until they are given in the leaf's dtype.
+Products with a head take their factors in the dtype of autocast, where it is on, as those of a
+linear layer do, and without it in that of hidden states and head, where they share one: on GPUs,
+and for bfloat16 on CPUs that multiply it (AVX512-BF16, AMX); elsewhere in float32. Results are
+float32, and gradients until they are given in the leaf's dtype; the gradient of a chunk of logits
+is rounded to the dtype of the factors.
 """
 
 from __future__ import annotations

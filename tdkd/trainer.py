@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -430,7 +430,7 @@ class TDTrainer(SFTTrainer):
             if expert is not None:  # the student's own answers are nothing to imitate
                 states, targets = hidden[expert > 0], taken[expert > 0]
                 weight = expert.max() if taken.numel() else 0.0
-            with self._mixed():
+            with self.accelerator.autocast():  # as the bodies do
                 lm_loss = lm_cross_entropy(states, head, targets)
             loss = loss + args.lm_weight * weight * lm_loss / items
             metrics["lm_loss"] = share(lm_loss, torch.full_like(lm_loss, targets.numel()))
@@ -489,12 +489,6 @@ class TDTrainer(SFTTrainer):
             and args.vocab_size is None
         )
 
-    def _mixed(self) -> AbstractContextManager[Any]:
-        """Where products with heads run: on GPUs in the step's mixed precision, as the bodies do;
-        on CPU they are float32."""
-        on_gpu = self.accelerator.device.type == "cuda"
-        return self.accelerator.autocast() if on_gpu else nullcontext()
-
     def _live(self, hidden: Tensor, head: Head) -> dict[str, Any]:
         """What :func:`tdkd.ops.linear_td_loss` takes of a live teacher."""
         args: TDConfig = self.args
@@ -515,7 +509,7 @@ class TDTrainer(SFTTrainer):
         if "actions" in given:
             actions: ops.ActionSet = given["actions"]
             return actions
-        with self._mixed():
+        with self.accelerator.autocast():  # as the bodies do
             return ops.linear_select_actions(
                 **given, include=tokens, vocab_size=self.args.vocab_size
             )
@@ -535,7 +529,7 @@ class TDTrainer(SFTTrainer):
         """
         args: TDConfig = self.args
         sampled = args.normaliser == "batch" and args.batch_vocabulary_law == "student"
-        with self._mixed():
+        with self.accelerator.autocast():  # as the bodies do
             return ops.linear_td_loss(
                 hidden,
                 head.weight,
