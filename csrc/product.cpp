@@ -46,8 +46,7 @@ constexpr int64_t strip = 32;        // pairs that are laid out at a time
 constexpr int64_t most_pairs = 256;  // of a block
 constexpr int64_t most_side = 10;    // blocks of a tile, either way
 constexpr int64_t sum_row = most_side * side;
-constexpr int64_t row_pairs =
-    most_pairs + 16;  // rows of a block of `a` lie in different cache sets
+constexpr int64_t row_pairs = most_pairs + 16;  // rows of `a`, laid out, begin in other cache sets
 
 /// Room that begins with a cache line: a block's rows that straddle two take twice as long.
 template <class T, int64_t size>
@@ -64,8 +63,7 @@ struct Matrix {
   const uint16_t* data;
   int64_t lines, depth, line, step;
 
-  /// The pairs [lines, depth / 2] of a strip of a block, zero beyond the edges. `across` where they
-  /// came as [depth / 2, lines].
+  /// Whether it is the lines that are contiguous.
   bool across() const { return step != 1; }
 };
 
@@ -259,7 +257,7 @@ struct Product {
 struct Operand {
   Operand(const char* name, const Tensor& x, int lines) : tensor(x) {
     require(x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16, name,
-            ": expected a bfloat16 matrix, got ", x.dim(), " dimensions");
+            ": expected a bfloat16 matrix");
     if (x.stride(0) != 1 && x.stride(1) != 1) tensor = torch::stable::contiguous(x);
     const int depth = 1 - lines;
     matrix = {static_cast<const uint16_t*>(tensor.const_data_ptr()), tensor.size(lines),
