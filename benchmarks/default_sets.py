@@ -20,17 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from real_sets import states_of
 
 from tdkd import ops, records
 from tdkd.benchmark import linear, measure, report
 from tdkd.benchmark.cases import Case, Run
 from tdkd.benchmark.rivals import Rival
-from tdkd.cli.evaluate import collate
-from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
-K, ANSWERS = 64, 16
+K = 64
 GROWTH = 2
 """The sets' sizes are told of so many doublings of the rows too."""
 
@@ -96,30 +95,10 @@ def sets_of(
 ) -> tuple[dict[float, Path], list[dict[str, Any]], int, int]:
     """Files of the teacher's sets by p, as `benchmarks/real_sets.py` writes them; what they hold;
     the teacher's V and H."""
-    tokenizer = load_tokenizer(str(models / "teacher"), chat=True)
-    teacher = load_model(str(models / "teacher"))
-    head = lm_head(teacher)
-    chat = records.Chat(tokenizer)
-    answers = [
-        chat.encode(record, max_length=128)
-        for name in ("heldout.jsonl", "train.jsonl")
-        for record in records.read(str(models / name))
-    ]
-    hidden, taken = head.weight.new_empty(0, head.weight.shape[1]), torch.empty(0, dtype=torch.long)
-    most = rows << GROWTH
-    for start in range(0, len(answers), ANSWERS):
-        some = answers[start : start + ANSWERS]
-        inputs, mask, states, tokens = collate(some, tokenizer.pad_token_id, torch.device("cpu"))
-        with torch.no_grad():
-            found = last_hidden_state(teacher, input_ids=inputs, attention_mask=mask)[states]
-        hidden, taken = torch.cat([hidden, found])[:most], torch.cat([taken, tokens])[:most]
-        if len(taken) == most:
-            break
-    if len(taken) < rows:
-        raise SystemExit(f"expected {rows} positions of answers in {models}, got {len(taken)}")
+    hidden, taken, weight = states_of(models, rows, rows << GROWTH)
     kept, sizes = {}, []
     for top_p in (0.8, 1.0):
-        ids = ops.linear_select_actions(hidden, head.weight, K, top_p, include=taken).ids
+        ids = ops.linear_select_actions(hidden, weight, K, top_p, include=taken).ids
         held = ids[:rows] >= 0
         kept[top_p] = scratch / f"{top_p}.npz"
         np.savez(
@@ -139,7 +118,7 @@ def sets_of(
                     "distinct_tokens": part.unique().numel(),
                 }
             )
-    return kept, sizes, head.weight.shape[0], head.weight.shape[1]
+    return kept, sizes, weight.shape[0], weight.shape[1]
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tdkd import ops, records
 from tdkd.benchmark.linear import SETS
@@ -22,33 +24,45 @@ from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer
 ROWS, K, TOP_P, ANSWERS = 2048, 64, 0.8, 16
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=Path, default=Path("runs/demo"))
-    directory = parser.parse_args().models
-    tokenizer = load_tokenizer(str(directory / "teacher"), chat=True)
-    teacher = load_model(str(directory / "teacher"))
-    head = lm_head(teacher)
+class States(NamedTuple):
+    """Positions of answers as a teacher sees them, ``[N, H]`` and ``[N]``, and its head."""
+
+    hidden: Tensor
+    taken: Tensor
+    weight: Tensor
+
+
+def states_of(models: Path, rows: int, most: int) -> States:
+    """The first positions of the demo's answers, held-out ones first: at least ``rows``, or the
+    command ends, and at most ``most``."""
+    tokenizer = load_tokenizer(str(models / "teacher"), chat=True)
+    teacher = load_model(str(models / "teacher"))
+    weight = lm_head(teacher).weight
     chat = records.Chat(tokenizer)
     answers = [
         chat.encode(record, max_length=128)
         for name in ("heldout.jsonl", "train.jsonl")
-        for record in records.read(str(directory / name))
+        for record in records.read(str(models / name))
     ]
-    ids, taken = torch.empty(0, K, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
+    hidden, taken = weight.new_empty(0, weight.shape[1]), torch.empty(0, dtype=torch.long)
     for start in range(0, len(answers), ANSWERS):
-        batch = collate(
-            answers[start : start + ANSWERS], tokenizer.pad_token_id, torch.device("cpu")
-        )
-        inputs, mask, states, tokens = batch
+        some = answers[start : start + ANSWERS]
+        inputs, mask, states, tokens = collate(some, tokenizer.pad_token_id, torch.device("cpu"))
         with torch.no_grad():
-            hidden = last_hidden_state(teacher, input_ids=inputs, attention_mask=mask)[states]
-        actions = ops.linear_select_actions(hidden, head.weight, K, TOP_P, include=tokens)
-        ids, taken = torch.cat([ids, actions.ids])[:ROWS], torch.cat([taken, tokens])[:ROWS]
-        if ids.shape[0] == ROWS:
+            found = last_hidden_state(teacher, input_ids=inputs, attention_mask=mask)[states]
+        hidden, taken = torch.cat([hidden, found])[:most], torch.cat([taken, tokens])[:most]
+        if len(taken) == most:
             break
-    if ids.shape[0] < ROWS:
-        raise SystemExit(f"expected {ROWS} positions of answers in {directory}, got {len(ids)}")
+    if len(taken) < rows:
+        raise SystemExit(f"expected {rows} positions of answers in {models}, got {len(taken)}")
+    return States(hidden, taken, weight)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=Path, default=Path("runs/demo"))
+    hidden, taken, weight = states_of(parser.parse_args().models, ROWS, ROWS)
+    ids = ops.linear_select_actions(hidden, weight, K, TOP_P, include=taken).ids
     held = ids >= 0
     count = held.sum(-1)
     np.savez_compressed(

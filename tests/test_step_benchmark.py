@@ -16,9 +16,12 @@ WORDS = ["one two", "red", "a b c d e", "why?", "north by east", "0123", "tick t
 
 
 def module(name):
+    """A script, which finds what lies beside it."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        spec.loader.exec_module(found)
     return found
 
 
