@@ -309,8 +309,11 @@ def _linear_log_probs(draw: Draw) -> Problem:
     k = min(draw.k(), vocab // 2)
     order = torch.rand(rows, vocab, generator=draw.generator).argsort(-1)
     ids = draw.place(order[:, :k])
+    frozen = draw.random.random() < 0.5
 
     def call(hidden: Tensor, weight: Tensor, bias: Tensor, impl: ops.Impl) -> tuple[Tensor, ...]:
+        if frozen:
+            weight, bias = weight.detach(), bias.detach()
         return ops.linear_log_probs(hidden, weight, ids, bias=bias, impl=impl, **scale)
 
     # gradients add up k targets of random sign
@@ -365,7 +368,11 @@ def _linear_td_loss(draw: Draw) -> Problem:
             "vocabulary": ops.batch_vocabulary(actions, vocab, extra=8),
         }
 
+    frozen = draw.random.random() < 0.3
+
     def call(hidden: Tensor, weight: Tensor, bias: Tensor, impl: ops.Impl) -> tuple[Tensor, ...]:
+        if frozen:
+            weight, bias = weight.detach(), bias.detach()
         out = ops.linear_td_loss(
             hidden, weight, tokens, actions=actions, bias=bias, impl=impl, **options
         )

@@ -599,6 +599,81 @@ def test_torch_compile_of_a_head_that_is_multiplied_in_panels(monkeypatch, bias)
     agree(results[1], results[0])
 
 
+FROZEN_WAYS = {
+    "log_probs": lambda h, w, b, t, a, **o: ops.linear_log_probs(h, w, a.ids, bias=b, **o).log_tail,
+    "logsumexp": lambda h, w, b, t, a, **o: ops.linear_logsumexp(h, w, bias=b, **o),
+    "loss a row": lambda h, w, b, t, a, **o: (
+        loss([h, w, b], t, a, objective=OBJECTIVES[0], reduction="none", **o).loss
+    ),
+    "log Z of a batch": lambda h, w, b, t, a, **o: (
+        loss(
+            [h, w, b],
+            t,
+            a,
+            objective=ReverseKL(tail=True),
+            reduction="none",
+            vocabulary=ops.batch_vocabulary(
+                a, VOCAB, extra=9, generator=torch.Generator().manual_seed(3)
+            ),
+            normaliser="batch",
+            **o,
+        ).loss
+    ),
+}
+
+
+@pytest.mark.parametrize("way", FROZEN_WAYS)
+@pytest.mark.parametrize("scale", [{}, {"softcap": 2.0, "temperature": 1.7, "logit_scale": 0.4}])
+@pytest.mark.parametrize("kind", [FLOAT32, BRAIN])
+def test_a_frozen_head_needs_its_logits_once(products, way, scale, kind):
+    (hidden, weight, bias), tokens, actions = make(kind)
+    frozen = weight.detach(), bias.detach(), tokens, actions
+    out = FROZEN_WAYS[way](hidden, *frozen, **scale)
+    into = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    into[2] = 0.0
+    (grad,) = torch.autograd.grad(out, hidden, into, retain_graph=True)
+    (again,) = torch.autograd.grad(out, hidden, into)
+    assert sum(products) == ROWS
+    assert torch.equal(grad, again)
+    assert grad.dtype == kind
+    found = []
+    for dtype in (kind, torch.float64):
+        leaf = hidden.detach().to(dtype).requires_grad_()
+        heads = [x.detach().to(dtype) for x in (weight, bias)]
+        wanted = FROZEN_WAYS[way](leaf, *heads, *frozen[2:], impl="reference", **scale)
+        found.append(torch.autograd.grad(wanted, leaf, into.to(wanted.dtype))[0])
+    eager, exact = found
+    allowed = (eager - exact).norm() + 4 * torch.finfo(kind).eps * exact.norm()
+    assert (grad - exact).norm() <= allowed
+
+
+def test_a_frozen_head_leaves_rows_without_a_gradient_alone():
+    """Whatever their logits are; and a bias that learns takes the other way."""
+    (hidden, weight, bias), _, _ = make()
+    with torch.no_grad():
+        hidden[3] = torch.nan
+    log_z = ops.linear_logsumexp(hidden, weight.detach(), bias=bias.detach())
+    counted = log_z.isfinite()
+    (grad,) = torch.autograd.grad(torch.where(counted, log_z, 0.0).sum(), hidden)
+    assert counted.sum() == ROWS - 1
+    assert not grad[3].any()
+    assert grad.isfinite().all()
+    learning = ops.linear_logsumexp(hidden[:3], weight.detach(), bias=bias)
+    assert torch.autograd.grad(learning.sum(), bias)[0].sum() == pytest.approx(3.0)
+
+
+def test_a_frozen_head_under_a_compiler():
+    (hidden, weight, bias), _, actions = make()
+    frozen = weight.detach(), actions.ids
+
+    def tail(hidden):
+        return ops.linear_log_probs(hidden, *frozen, bias=bias.detach()).log_tail.sum()
+
+    wanted = torch.autograd.grad(tail(hidden), hidden)
+    compiled = torch.compile(tail, fullgraph=True, backend="aot_eager")
+    assert torch.equal(torch.autograd.grad(compiled(hidden), hidden)[0], wanted[0])
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_what_is_frozen_takes_one_pass_too(products, frozen):
     leaves, tokens, actions = make(bias=False)
@@ -783,6 +858,15 @@ def test_the_route_is_told_once(told, options, route):
     with torch.no_grad():
         loss(given, tokens[:4], few, objective=OBJECTIVES[0], q="logit")
     assert len(told()) == 1
+
+
+def test_the_route_of_a_frozen_head_is_told(told):
+    leaves, tokens, actions = make()
+    frozen = [leaves[0], *(x.detach() for x in leaves[1:])]
+    loss(frozen, tokens, actions, objective=OBJECTIVES[0], reduction="none")
+    assert told()[0].endswith(
+        "log Z over all columns, logits made once, for the head learns nothing"
+    )
 
 
 def test_a_gpu_that_takes_plain_pytorch_says_so_once(told):

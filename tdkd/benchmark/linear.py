@@ -188,19 +188,23 @@ def torch_cross_entropy(case: Case, chunks: int | Literal["auto"] | None = None)
     return both_ways(loss)(case)
 
 
-def both_ways(loss: Callable[[Student], Tensor], compiled: bool = False) -> Callable[[Case], Run]:
-    """Forward and backward of a loss of a :class:`Student`."""
+def both_ways(
+    loss: Callable[[Student], Tensor], compiled: bool = False, frozen: bool = False
+) -> Callable[[Case], Run]:
+    """Forward and backward of a loss of a :class:`Student`; ``frozen``: its head learns nothing."""
     if compiled:
         loss = torch.compile(loss, dynamic=False)
 
     def prepare(case: Case) -> Run:
         student = make_student(case)
+        leaves: tuple[Tensor, ...] = student.hidden, student.weight
+        if frozen:
+            student, leaves = student._replace(weight=student.weight.detach()), leaves[:1]
 
         def run(inputs: Inputs) -> tuple[Tensor, ...]:
             with case.mixed():
                 result = loss(student)
-            grads = torch.autograd.grad(result, (student.hidden, student.weight))
-            return result.detach(), *grads
+            return result.detach(), *torch.autograd.grad(result, leaves)
 
         return run
 

@@ -425,6 +425,8 @@ RIVALS: dict[str, list[Rival]] = {
         Rival(
             "torch.compile", linear.both_ways(linear.dense_log_probs, compiled=True), compiles=True
         ),
+        Rival("tdkd, head frozen", linear.both_ways(linear.log_probs, frozen=True)),
+        Rival("dense, head frozen", linear.both_ways(linear.dense_log_probs, frozen=True)),
     ],
     "linear_select_actions": [
         Rival("copy", _copied, passes=2, device="cuda"),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdkd.kernels import backends
 from tdkd.kernels.backends import LIBRARY, fake
-from tdkd.kernels.linear_rows.reference import row_chunks
+from tdkd.kernels.chunks import runs
 
 LIBRARY.define("product_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()")
 fake("product_", lambda out, a, b, add: None)
@@ -33,7 +33,7 @@ def chunk_rows(device: torch.device, columns: int) -> int:
 
 def chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     """Slices over the rows of ``hidden``, at least one."""
-    return row_chunks(hidden.shape[0], 1, chunk_rows(hidden.device, weight.shape[0]))
+    return runs(hidden.shape[0], chunk_rows(hidden.device, weight.shape[0]))
 
 
 def factor_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -78,7 +78,7 @@ class Head:
         room, width = self._room[:rows], self.weight.shape[0]
         if hidden.dtype == torch.float32:
             width = PANEL_COLUMNS[hidden.device.type]
-        for panel in row_chunks(self.weight.shape[0], 1, width):
+        for panel in runs(self.weight.shape[0], width):
             columns = room[:, panel]
             if self.bias is not None:
                 columns.copy_(self.bias[panel])

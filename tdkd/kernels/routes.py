@@ -121,6 +121,16 @@ def in_forward(rows: TDRows, hidden: Tensor, weight: Tensor) -> bool:
     )
 
 
+def head_is_frozen(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> bool:
+    """Whether hidden states alone learn, whose gradient needs the logits once, and k head rows a
+    position in backward."""
+    learns_nothing = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if not (learns_nothing and torch.is_grad_enabled() and hidden.requires_grad):
+        return False
+    (columns, width), device = weight.shape, weight.device.type
+    return gathers(device, k, columns, width, hidden.shape[0], factor_dtype(hidden, weight))
+
+
 def row_kernel(rows: TDRows, hidden: Tensor) -> bool:
     """Whether one launch makes the loss of rows and its gradient, in place of a graph of small
     operators, each of which a GPU's host takes longer to launch than the GPU to compute."""

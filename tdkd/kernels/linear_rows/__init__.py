@@ -1,7 +1,9 @@
 """linear_rows on the kernels: products of chunks of rows with a head, reduced by ``student_rows``.
 
 Backward makes the logits of a chunk again, turns them into their gradient in one pass, and
-multiplies twice. Head gradients add up in float32 over the chunks.
+multiplies twice. Head gradients add up in float32 over the chunks. A head that learns nothing needs
+its logits once: what the mass outside a set gives back to a hidden state is one mean of the head's
+rows, whatever the loss is, and is made in forward; the set gives back its k rows.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdkd.kernels import head
+from tdkd.kernels import head, routes
 from tdkd.kernels.backends import once_differentiable
 from tdkd.kernels.linear_rows.reference import on_vocabulary
 from tdkd.kernels.student_rows import gradient_of_logits
@@ -54,6 +56,70 @@ class _LinearRows(torch.autograd.Function):
             ctx.needs_input_grad[:3],
         )
         return *grads, None, None, None, None
+
+
+class _FrozenHead(torch.autograd.Function):
+    """The third result is the gradient of ``log_rest`` by hidden states, float32 ``[N, H]``."""
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        scale: Scale,
+        log_weight: Tensor | None,
+        factors: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = head.Head(weight, bias, factors)
+        grads = head.Gradients(hidden, weight, None, (True, False, False))
+        parts = []
+        for rows in head.chunks(hidden, weight):
+            logits, some = wide.logits(hidden[rows]), ids[rows]
+            z, log_rest = torch.ops.tdkd.student_rows(logits, some, *scale, log_weight, None)
+            grad = gradient_of_logits(
+                torch.zeros_like(z),
+                torch.ones_like(log_rest),
+                logits,
+                some,
+                log_rest,
+                scale,
+                log_weight,
+                grads.takes(wide),
+            )
+            grads.add(grad, rows, hidden, wide)
+            del grad  # before the next one is made
+            parts.append((z, log_rest))
+        z, log_rest = (torch.cat(column) for column in zip(*parts, strict=True))
+        assert grads.hidden is not None
+        return z, log_rest, grads.hidden
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, _, ids, ctx.scale, _, _ = inputs
+        z, _, mean = output
+        ctx.dtype = hidden.dtype
+        ctx.mark_non_differentiable(mean)
+        ctx.save_for_backward(weight, ids, z, mean)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_z: Tensor, grad_rest: Tensor, _: Tensor) -> tuple[Any, ...]:
+        weight, ids, z, mean = ctx.saved_tensors
+        grad = torch.where(grad_z == 0, 0.0, grad_z * derivative(z, ctx.scale))
+        by_hidden, _, _ = torch.ops.tdkd.head_products_backward(grad, mean, weight, ids, False)
+        grad_rest = grad_rest.float().unsqueeze(-1)
+        by_hidden += torch.where(grad_rest == 0, 0.0, grad_rest * mean)
+        return by_hidden.to(ctx.dtype), *[None] * 6
+
+
+def derivative(z: Tensor, scale: Scale) -> Tensor:
+    """dz/dx, of the logits ``x`` that a head's products are."""
+    slope = scale.logit_scale / scale.temperature
+    if scale.softcap is None:
+        return torch.full_like(z, slope)
+    capped = z.double() * (scale.temperature / scale.softcap)
+    return (slope * (1 - capped.square())).float()
 
 
 def rows_of(
@@ -120,6 +186,9 @@ def linear_rows(
     log_weight = None
     if vocabulary is not None:
         weight, bias, ids, log_weight = on_vocabulary(vocabulary, weight, bias, ids)
-    factors = head.factor_dtype(hidden, weight)
-    z, log_rest = _LinearRows.apply(hidden, weight, bias, ids, scale, log_weight, factors)
+    given = hidden, weight, bias, ids, scale, log_weight, head.factor_dtype(hidden, weight)
+    if routes.head_is_frozen(hidden, weight, bias, ids.shape[-1]):
+        z, log_rest, _ = _FrozenHead.apply(*given)
+    else:
+        z, log_rest = _LinearRows.apply(*given)
     return StudentRows(z, log_rest.float())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tdkd.kernels.chunks import runs
 from tdkd.kernels.student_rows.reference import student_rows
 from tdkd.types import Scale, StudentRows, Vocabulary
 
@@ -19,9 +20,7 @@ CHUNK_ELEMENTS = 1 << 24
 def row_chunks(rows: int, columns: int, elements: int | None = None) -> Iterator[slice]:
     """Slices over ``rows`` (at least one) that hold at most ``elements`` logits each, or
     ``CHUNK_ELEMENTS``."""
-    step = max(1, (elements or CHUNK_ELEMENTS) // max(1, columns))
-    for start in range(0, max(1, rows), step):
-        yield slice(start, min(rows, start + step))
+    return runs(rows, max(1, (elements or CHUNK_ELEMENTS) // max(1, columns)))
 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
