@@ -986,7 +986,8 @@ def _columns_of_batch(
     if room is None and weight.is_cuda:
         vocabulary = _bucketed(vocabulary)
     held = vocabulary.ids.numel()
-    pays = _routes.pays(weight.device.type, held, columns, hidden.shape[0])
+    factors = _head.factor_dtype(hidden, weight)
+    pays = _routes.pays(weight.device.type, held, columns, hidden.shape[0], factors)
     return vocabulary if pays else None
 
 

@@ -506,7 +506,7 @@ def test_the_rule_takes_the_way_that_was_measured_to_cost_least(name, factors):
             names = ("batch", "exact")
             # of random sets the union, and the sample beside it
             held = round(columns * (1 - (1 - k / columns) ** rows)) + 1024
-            first = routes.pays("cpu", held, columns, rows)
+            first = routes.pays("cpu", held, columns, rows, factors)
         taken = cost[names[0] if first else names[1]]
         assert taken <= 1.1 * min(cost[name] for name in names), case
 

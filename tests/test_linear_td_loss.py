@@ -438,6 +438,7 @@ def test_routes():
     assert routes.gathers("cuda", 64, 49_152, 576, 2048)
     assert routes.pays("cpu", 40_000, 49_152, 2048)
     assert not routes.pays("cpu", 48_000, 49_152, 2048)
+    assert not routes.pays("cpu", 45_000, 49_152, 2048, BRAIN)
     assert not routes.pays("cpu", 40_000, 49_152, 256)
     assert routes.pays("cpu", 15_000, 49_152, 1)
     leaves, tokens, actions = make()

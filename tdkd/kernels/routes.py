@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 Way = Literal["gather", "products", "batch", "exact"]
 
-BATCH_ROWS = {"cpu": 140, "cuda": 300}
-"""Rows whose products cost as much as gathering a column, and spreading its gradient, does. Other
-accelerators count as a GPU of CUDA, unmeasured."""
+BATCH_ROWS = {"cpu": 140, "cpu bfloat16": 300, "cuda": 300}
+"""Rows whose products cost as much as gathering a column, and spreading its gradient, does; on CPUs
+that multiply bfloat16 in that too. Other accelerators count as a GPU of CUDA, unmeasured."""
 BATCH_BELOW = 0.4
 """M / V below which M gathered columns cost less than all, however few the rows."""
 BOUND_BELOW = 0.25
@@ -86,16 +86,21 @@ def gathers(
     return k < gather_below(device, columns, width, rows, factors) * columns
 
 
-def batch_below(device: str, rows: int) -> float:
+def batch_below(device: str, rows: int, factors: torch.dtype = torch.float32) -> float:
     """M / V below which M gathered columns cost less than all of them."""
+    if device == "cpu" and factors == torch.bfloat16:
+        device = "cpu bfloat16"
     return max(BATCH_BELOW, rows / (rows + BATCH_ROWS.get(device, BATCH_ROWS["cuda"])))
 
 
-def pays(device: str, held: int, columns: int, rows: int) -> bool:
-    """Whether a vocabulary that holds so many of the columns is to be used, or all of them."""
+def pays(
+    device: str, held: int, columns: int, rows: int, factors: torch.dtype = torch.float32
+) -> bool:
+    """Whether a vocabulary that holds so many of the columns is to be used, or all of them, by
+    products that take ``factors``."""
     if _forced in ("batch", "exact"):
         return _forced == "batch"
-    return held < batch_below(device, rows) * columns
+    return held < batch_below(device, rows, factors) * columns
 
 
 def capacity(given: int | None, ids: Tensor, extra: int, columns: int) -> int | None:
@@ -154,12 +159,15 @@ def few(links: int, rows: int) -> bool:
 
 def describe(device: str, columns: int, width: int, rows: int = 2048) -> str:
     """The rule in words, at the size of a head and of a batch."""
-    gather = f"{gather_below(device, columns, width, rows) * columns:,.0f}"
+    size = columns, width, rows
+    gather = f"{gather_below(device, *size) * columns:,.0f}"
+    batch = f"{batch_below(device, rows):.2g}"
     low = factors_of(device, torch.bfloat16, torch.bfloat16, None)
     if device == "cpu" and low == torch.bfloat16:
-        gather += f" ({gather_below(device, columns, width, rows, low) * columns:,.0f} in bfloat16)"
+        gather += f" ({gather_below(device, *size, low) * columns:,.0f} in bfloat16)"
+        batch += f" ({batch_below(device, rows, low):.2g})"
     return (
         f"no normaliser: k head rows if k < {gather}, else all; batch: M columns if M < "
-        f"{batch_below(device, rows):.2g} V, else all (V = {columns:,}, H = {width}, {rows:,} "
+        f"{batch} V, else all (V = {columns:,}, H = {width}, {rows:,} "
         "rows); exact: all"
     )
