@@ -367,6 +367,29 @@ def test_linear_gather_q_from_the_whole_head(width, dtype):
         check_linear_gather_q(width, dtype, SCALES[2], DEVICE, rounded=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_probs_of_a_frozen_head(dtype):
+    """Hidden's gradient is made in forward, and the sets' part of it by the kernel of k rows."""
+    hidden, weight, bias, ids, _ = (x.to(DEVICE) for x in head_case(dtype, 24))
+
+    def run(impl, kind):
+        leaf = hidden.to(kind, copy=True).requires_grad_()
+        given = ops.linear_log_probs(
+            leaf, weight.to(kind), ids, bias=bias.to(kind), softcap=5.0, impl=impl
+        )
+        held = given.log_probs.isfinite()
+        (torch.where(held, given.log_probs, 0.0).sum() - 2 * given.log_tail.sum()).backward()
+        return given.log_tail.detach(), leaf.grad
+
+    with routes.forced("gather"):
+        tail, grad = run("fused", dtype)
+    (_, eager), (exact_tail, exact) = run("reference", dtype), run("reference", torch.float64)
+    torch.testing.assert_close(tail.double(), exact_tail, rtol=1e-5, atol=1e-5)
+    assert grad.dtype == dtype
+    room = 4 * torch.finfo(dtype).eps * exact.norm()
+    assert (grad - exact).norm() <= (eager - exact).norm() + room
+
+
 TILE = 128
 
 
