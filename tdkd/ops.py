@@ -924,7 +924,8 @@ def linear_td_loss(
         if terms_in_forward is not None:
             _tell(f"{route}, gradients in forward", flat, weight)
             return _td_output(terms_in_forward, actions, lead, reduction, 1.0)
-    once = fused and _routes.head_is_frozen(flat, weight, bias, rows.ids.shape[-1])
+    taken = weight if vocabulary is None else weight[: vocabulary.ids.numel()]
+    once = fused and _routes.head_is_frozen(flat, taken, bias, rows.ids.shape[-1])
     how = "once, for the head learns nothing" if once else "again in backward"
     _tell(f"{route}, logits made {how}", flat, weight)
     linear_rows = _linear_rows_of(impl, flat, weight, rows.ids.shape[-1])

@@ -560,6 +560,18 @@ def test_library_needs_the_stable_abi_of_torch_alone():
     assert tdkd._C.__file__.endswith(".abi3.so")
 
 
+def test_an_extension_of_before_is_left_alone():
+    """A checkout that was updated and not built again."""
+    code = (
+        "import sys, types; sys.modules['tdkd._C'] = types.ModuleType('tdkd._C')\n"
+        "import torch, tdkd.ops as ops\n"
+        "print(ops.soft_value(torch.zeros(2)).item())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(0.6931472)
+    assert "the CPU kernels are of an earlier version: build them again" in done.stderr
+
+
 def test_works_without_the_extension():
     code = (
         "import sys; sys.modules['tdkd._C'] = None\n"

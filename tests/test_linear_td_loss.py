@@ -663,6 +663,45 @@ def test_a_frozen_head_leaves_rows_without_a_gradient_alone():
     assert torch.autograd.grad(learning.sum(), bias)[0].sum() == pytest.approx(3.0)
 
 
+def test_a_frozen_head_gives_nothing_for_an_empty_rest():
+    """Neither for a gradient of NaN, which `where` sends to what it masks."""
+    (hidden, weight, _), _, _ = make()
+    nothing = torch.full((VOCAB,), -torch.inf)
+    log_z = ops.linear_logsumexp(hidden, weight.detach(), bias=nothing)
+    masked = torch.where(log_z.isfinite(), log_z * log_z.exp(), 0.0)
+    assert not torch.autograd.grad(masked.sum(), hidden)[0].any()
+
+
+@pytest.mark.parametrize("kind", [FLOAT32, BRAIN])
+@pytest.mark.parametrize("turned", [0, 1])
+@pytest.mark.parametrize("learns", [True, False])
+def test_heads_and_hidden_states_that_lie_transposed(kind, turned, learns):
+    leaves, tokens, actions = make(kind, bias=False)
+    found = []
+    for lay in (lambda x: x, lambda x: x.T.contiguous().T):
+        mine = [x.detach() for x in leaves]
+        mine[turned] = lay(mine[turned])
+        mine = [x.requires_grad_(learns or i == 0) for i, x in enumerate(mine)]
+        for reduction in ("mean", "none"):
+            options = {"objective": OBJECTIVES[0], "reduction": reduction}
+            total = loss(mine, tokens, actions, **options).loss.sum()
+            found.append(torch.autograd.grad(total, mine if learns else mine[:1]))
+    for straight, other in zip(found[:2], found[2:], strict=True):
+        for x, y in zip(straight, other, strict=True):
+            assert x.dtype == kind
+            torch.testing.assert_close(x, y)
+
+
+def test_one_dnn_may_be_switched_off_before_backward(monkeypatch):
+    leaves, tokens, actions = make(BRAIN, bias=False)
+    options = {"objective": OBJECTIVES[0], "reduction": "none"}
+    totals = [loss(leaves, tokens, actions, **options).loss.sum() for _ in range(2)]
+    wanted = torch.autograd.grad(totals[0], leaves)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    for x, y in zip(torch.autograd.grad(totals[1], leaves), wanted, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_a_frozen_head_under_a_compiler():
     (hidden, weight, bias), _, actions = make()
     frozen = weight.detach(), actions.ids
@@ -862,12 +901,19 @@ def test_the_route_is_told_once(told, options, route):
 
 
 def test_the_route_of_a_frozen_head_is_told(told):
+    """The columns of a batch vocabulary, not all, decide whether k head rows are few."""
     leaves, tokens, actions = make()
     frozen = [leaves[0], *(x.detach() for x in leaves[1:])]
-    loss(frozen, tokens, actions, objective=OBJECTIVES[0], reduction="none")
-    assert told()[0].endswith(
-        "log Z over all columns, logits made once, for the head learns nothing"
-    )
+    options = {"objective": OBJECTIVES[0], "reduction": "none"}
+    loss(frozen, tokens, actions, **options)
+    assert told()[0].endswith("over all columns, logits made once, for the head learns nothing")
+    one = ops.ActionSet(*(x[:1] for x in actions))
+    few = ops.batch_vocabulary(one, VOCAB, extra=0)
+    assert routes.gathers("cpu", K, VOCAB, WIDTH, 1)
+    assert not routes.gathers("cpu", K, few.ids.numel(), WIDTH, 1)
+    options |= {"normaliser": "batch", "vocabulary": few}
+    loss([frozen[0][:1], *frozen[1:]], tokens[:1], one, **options)
+    assert told()[1].endswith("log Z from the batch vocabulary, logits made again in backward")
 
 
 def test_a_gpu_that_takes_plain_pytorch_says_so_once(told):

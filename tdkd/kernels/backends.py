@@ -26,6 +26,10 @@ HALF_HIDDEN = {"cuda"}
 """Devices whose kernels read hidden states in their dtype; elsewhere they are float32."""
 
 
+NEWEST = "multiplies_bfloat16"
+"""An operator that the extension has since it changed last."""
+
+
 def _load() -> str | None:
     """Loads the extension; what is wrong where that is not possible."""
     try:
@@ -35,6 +39,10 @@ def _load() -> str | None:
     except ImportError as error:
         warnings.warn(f"tdkd: the CPU kernels do not load: {error}", stacklevel=2)
         return f"the CPU kernels do not load: {error}"
+    if not hasattr(torch.ops.tdkd, NEWEST):
+        stale = "the CPU kernels are of an earlier version: build them again"
+        warnings.warn(f"tdkd: {stale}", stacklevel=2)
+        return stale
     return None
 
 

@@ -91,6 +91,8 @@ def product_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
     with torch.autocast(out.device.type, enabled=False):
         if a.dtype == torch.float32:
             out.addmm_(a, b, beta=int(add))  # beta = 0 ignores what was there
+        elif out.device.type == "cpu" and not torch.backends.mkldnn.enabled:  # since forward
+            out.addmm_(a.float(), b.float(), beta=int(add))
         elif out.device.type == "cpu":
             torch.ops.tdkd.product_(out, a, b, add)
         elif torch.compiler.is_compiling():
@@ -113,8 +115,8 @@ class Gradients:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]
     ) -> None:
         """``wanted``: whether hidden, weight and bias need one; the others stay None."""
-        self.hidden = torch.empty_like(hidden, dtype=torch.float32) if wanted[0] else None
-        self.weight = torch.empty_like(weight, dtype=torch.float32) if wanted[1] else None
+        self.hidden = hidden.new_empty(hidden.shape, dtype=torch.float32) if wanted[0] else None
+        self.weight = weight.new_empty(weight.shape, dtype=torch.float32) if wanted[1] else None
         self.bias = None
         self._begun = False
         self._room: Tensor | None = None

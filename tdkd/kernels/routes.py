@@ -128,12 +128,15 @@ def in_forward(rows: TDRows, hidden: Tensor, weight: Tensor) -> bool:
 
 def head_is_frozen(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> bool:
     """Whether hidden states alone learn, whose gradient needs the logits once, and k head rows a
-    position in backward."""
+    position in backward. Factors of float16 wait for the loss scale."""
     learns_nothing = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    factors = factor_dtype(hidden, weight)
     if not (learns_nothing and torch.is_grad_enabled() and hidden.requires_grad):
         return False
-    (columns, width), device = weight.shape, weight.device.type
-    return gathers(device, k, columns, width, hidden.shape[0], factor_dtype(hidden, weight))
+    (columns, width), rows = weight.shape, hidden.shape[0]
+    return factors != torch.float16 and gathers(
+        weight.device.type, k, columns, width, rows, factors
+    )
 
 
 def row_kernel(rows: TDRows, hidden: Tensor) -> bool:

@@ -97,19 +97,20 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         hidden, weight, _, ids, ctx.scale, _, _ = inputs
-        z, _, mean = output
+        z, log_rest, mean = output
         ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(mean)
-        ctx.save_for_backward(weight, ids, z, mean)
+        ctx.save_for_backward(weight, ids, z, log_rest, mean)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor, grad_rest: Tensor, _: Tensor) -> tuple[Any, ...]:
-        weight, ids, z, mean = ctx.saved_tensors
+        weight, ids, z, log_rest, mean = ctx.saved_tensors
         grad = torch.where(grad_z == 0, 0.0, grad_z * derivative(z, ctx.scale))
         by_hidden, _, _ = torch.ops.tdkd.head_products_backward(grad, mean, weight, ids, False)
-        grad_rest = grad_rest.float().unsqueeze(-1)
-        by_hidden += torch.where(grad_rest == 0, 0.0, grad_rest * mean)
+        without = (grad_rest == 0) | (log_rest == -torch.inf)
+        of_rest = grad_rest.float().unsqueeze(-1) * mean
+        by_hidden += torch.where(without.unsqueeze(-1), 0.0, of_rest)
         return by_hidden.to(ctx.dtype), *[None] * 6
 
 
