@@ -260,9 +260,8 @@ def raw_ops(
     if triton is None:
         triton = device is not None and device.type == "cuda"
     some = x[0].bfloat16()
-    on_cpus = {"product_": (normal(4, 4), some, some.T, True)}
-    if not backends.MULTIPLIES_BFLOAT16:
-        on_cpus = {}
+    product = {"product_": (normal(4, 4), some, some.T, True)}
+    on_cpus = product if backends.MULTIPLIES_BFLOAT16 else {}
     return {
         **(on_gpus if triton else on_cpus),
         "select_actions": (x, 5, 0.9, *scale, ids[..., 0], state),

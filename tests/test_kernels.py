@@ -501,6 +501,24 @@ def test_products_of_bfloat16_keep_what_is_not_finite_where_it_is():
 
 
 @multiplies_bfloat16
+@pytest.mark.parametrize(
+    "rows,columns,depth", [(256, 2000, 576), (256, 576, 3000), (3000, 96, 256)]
+)
+def test_products_of_bfloat16_do_not_depend_on_threads(rows, columns, depth):
+    a, b = brain(rows, depth, "rows", 1), brain(depth, columns, "columns", 2)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(torch.empty(rows, columns))
+            head.product_(found[-1], a, b)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@multiplies_bfloat16
 def test_products_of_bfloat16_refuse_what_does_not_fit():
     a, b, out = brain(3, 4, "rows", 1), brain(4, 5, "rows", 2), torch.empty(3, 5)
     for given, message in (

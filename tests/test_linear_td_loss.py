@@ -702,16 +702,33 @@ def test_one_dnn_may_be_switched_off_before_backward(monkeypatch):
         torch.testing.assert_close(x, y)
 
 
-def test_a_frozen_head_under_a_compiler():
-    (hidden, weight, bias), _, actions = make()
-    frozen = weight.detach(), actions.ids
+@pytest.mark.parametrize("kind", [FLOAT32, BRAIN])
+@pytest.mark.parametrize("learns", [True, False])
+def test_log_probs_under_a_compiler(kind, learns):
+    (hidden, weight, bias), _, actions = make(kind)
+    leaves = [hidden, weight.detach().requires_grad_(learns), bias.detach()]
 
-    def tail(hidden):
-        return ops.linear_log_probs(hidden, *frozen, bias=bias.detach()).log_tail.sum()
+    def tail(hidden, weight, bias):
+        return ops.linear_log_probs(hidden, weight, actions.ids, bias=bias).log_tail.sum()
 
-    wanted = torch.autograd.grad(tail(hidden), hidden)
     compiled = torch.compile(tail, fullgraph=True, backend="aot_eager")
-    assert torch.equal(torch.autograd.grad(compiled(hidden), hidden)[0], wanted[0])
+    inputs = leaves[: 1 + learns]
+    wanted, got = (torch.autograd.grad(f(*leaves), inputs) for f in (tail, compiled))
+    assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
+
+
+def test_no_chunk_of_logits_waits_for_backward():
+    """In bfloat16, whose gradients are narrowed for the products: between the passes there are the
+    gradients of the leaves alone."""
+    leaves, tokens, actions = make(BRAIN)
+    nodes, made = [loss(leaves, tokens, actions, objective=OBJECTIVES[0]).loss.grad_fn], []
+    while nodes:
+        node = nodes.pop()
+        made += [node.made] if hasattr(node, "made") else []
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    assert len(made) == 1
+    held = [x.shape for x in vars(made[0]).values() if isinstance(x, torch.Tensor)]
+    assert held == [x.shape for x in leaves]
 
 
 @pytest.mark.parametrize("frozen", [0, 1])

@@ -69,6 +69,7 @@ class Head:
         self.weight = weight.to(factors)
         self.bias = None if bias is None else bias.float()
         self._room: Tensor | None = None
+        self._narrow: Tensor | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden @ weight.T + bias`` of one chunk; it overwrites the chunk before."""
@@ -84,6 +85,15 @@ class Head:
                 columns.copy_(self.bias[panel])
             product_(columns, hidden, self.weight[panel].T, add=self.bias is not None)
         return room
+
+    def narrow(self, grad: Tensor) -> Tensor:
+        """The gradient of a chunk's logits in the dtype of the factors; it overwrites the one
+        before."""
+        if grad.dtype == self.weight.dtype:
+            return grad
+        if self._narrow is None or self._narrow.shape[0] < grad.shape[0]:
+            self._narrow = torch.empty_like(grad, dtype=self.weight.dtype)
+        return self._narrow[: grad.shape[0]].copy_(grad)
 
 
 def product_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
@@ -119,7 +129,6 @@ class Gradients:
         self.weight = weight.new_empty(weight.shape, dtype=torch.float32) if wanted[1] else None
         self.bias = None
         self._begun = False
-        self._room: Tensor | None = None
         if bias is not None and wanted[2]:
             self.bias = torch.zeros_like(bias, dtype=torch.float32)
 
@@ -132,10 +141,7 @@ class Gradients:
         """Adds the part of ``rows``, whose logits have the gradient ``grad``."""
         if self.bias is not None:
             self.bias += grad.sum(0)
-        if grad.dtype != head.weight.dtype:
-            if self._room is None:
-                self._room = torch.empty_like(grad, dtype=head.weight.dtype)
-            grad = self._room[: grad.shape[0]].copy_(grad)
+        grad = head.narrow(grad)
         if self.hidden is not None:
             product_(self.hidden[rows], grad, head.weight)
         if self.weight is not None:

@@ -61,7 +61,7 @@ def gather_below(
     On a CPU the bound falls with the square root of the head's size, as long as a part of it stays
     in the caches, which is where rows that are picked differ most from rows in order. With few rows
     products are little beside the head itself, which they read and whose gradient they write. Where
-    the CPU multiplies bfloat16, products cost a third and rows what they did.
+    the CPU multiplies bfloat16, products cost less than half and rows what they did.
     """
     if device != "cpu":
         return 0.005

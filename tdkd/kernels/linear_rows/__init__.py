@@ -62,37 +62,12 @@ class _FrozenHead(torch.autograd.Function):
     """The third result is the gradient of ``log_rest`` by hidden states, float32 ``[N, H]``."""
 
     @staticmethod
-    def forward(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        scale: Scale,
-        log_weight: Tensor | None,
-        factors: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = head.Head(weight, bias, factors)
-        grads = head.Gradients(hidden, weight, None, (True, False, False))
-        parts = []
-        for rows in head.chunks(hidden, weight):
-            logits, some = wide.logits(hidden[rows]), ids[rows]
-            z, log_rest = torch.ops.tdkd.student_rows(logits, some, *scale, log_weight, None)
-            grad = gradient_of_logits(
-                torch.zeros_like(z),
-                torch.ones_like(log_rest),
-                logits,
-                some,
-                log_rest,
-                scale,
-                log_weight,
-                grads.takes(wide),
-            )
-            grads.add(grad, rows, hidden, wide)
-            del grad  # before the next one is made
-            parts.append((z, log_rest))
-        z, log_rest = (torch.cat(column) for column in zip(*parts, strict=True))
-        assert grads.hidden is not None
-        return z, log_rest, grads.hidden
+    def forward(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """``others``: as :func:`rows_of` has them."""
+        mean = head.Gradients(hidden, weight, None, (True, False, False))
+        z, log_rest = rows_of(hidden, weight, *others, mean=mean)
+        assert mean.hidden is not None
+        return z, log_rest, mean.hidden
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -131,13 +106,32 @@ def rows_of(
     scale: Scale,
     log_weight: Tensor | None,
     factors: torch.dtype,
+    *,
+    mean: head.Gradients | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``z`` float32 ``[N, k]`` and ``log_rest`` float64 ``[N]``, without a graph."""
+    """``z`` float32 ``[N, k]`` and ``log_rest`` float64 ``[N]``, without a graph.
+
+    ``mean`` adds up the gradient of ``log_rest`` beside them.
+    """
     wide = head.Head(weight, bias, factors)
-    parts = [
-        torch.ops.tdkd.student_rows(wide.logits(hidden[rows]), ids[rows], *scale, log_weight, None)
-        for rows in head.chunks(hidden, weight)
-    ]
+    parts = []
+    for rows in head.chunks(hidden, weight):
+        logits, some = wide.logits(hidden[rows]), ids[rows]
+        z, log_rest = torch.ops.tdkd.student_rows(logits, some, *scale, log_weight, None)
+        parts.append((z, log_rest))
+        if mean is not None:
+            grad = gradient_of_logits(
+                torch.zeros_like(z),
+                torch.ones_like(log_rest),
+                logits,
+                some,
+                log_rest,
+                scale,
+                log_weight,
+                mean.takes(wide),
+            )
+            mean.add(grad, rows, hidden, wide)
+            del grad  # before the next one is made
     z, log_rest = (torch.cat(column) for column in zip(*parts, strict=True))
     return z, log_rest
 
