@@ -125,17 +125,19 @@ class TDConfig(SFTConfig):
     normaliser: str = field(
         default="batch",
         metadata={
-            "help": "log Z over all columns ('exact') or over the batch vocabulary ('batch')."
+            "help": "log Z over all columns ('exact'), over the batch vocabulary ('batch'), or "
+            "from each row's own set and sampled columns ('sampled')."
         },
     )
     batch_vocabulary_extra: int = field(
-        default=1024, metadata={"help": "Columns that the batch vocabulary samples."}
+        default=1024,
+        metadata={"help": "Columns that are sampled, by 'batch' beside the union of the sets."},
     )
     batch_vocabulary_law: str = field(
         default="student",
         metadata={
-            "help": "How it samples: by the 'student's mean probabilities, or 'uniform'ly, which "
-            "spares a product of 64 rows with the head and estimates far less well."
+            "help": "How they are sampled: by the 'student's mean probabilities, or 'uniform'ly, "
+            "which spares a product of 64 rows with the head and estimates far less well."
         },
     )
     objective: str | None = field(

@@ -33,6 +33,7 @@ from tdkd.kernels import linear_gather_q as _linear_gather_q
 from tdkd.kernels import linear_rows as _linear_rows
 from tdkd.kernels import linear_select_actions as _linear_select_actions
 from tdkd.kernels import routes as _routes
+from tdkd.kernels import sampled_rows as _sampled_rows
 from tdkd.kernels import select_actions as _select_actions
 from tdkd.kernels import soft_value as _soft_value
 from tdkd.kernels import student_rows as _student_rows
@@ -43,6 +44,7 @@ from tdkd.kernels.linear_gather_q import reference as _linear_gather_q_reference
 from tdkd.kernels.linear_rows import reference as _linear_rows_reference
 from tdkd.kernels.linear_rows.in_forward import linear_loss
 from tdkd.kernels.linear_select_actions import reference as _linear_select_actions_reference
+from tdkd.kernels.sampled_rows import reference as _sampled_rows_reference
 from tdkd.kernels.select_actions import reference as _select_actions_reference
 from tdkd.kernels.soft_value import reference as _soft_value_reference
 from tdkd.kernels.student_rows import reference as _student_rows_reference
@@ -64,8 +66,10 @@ __all__ = [
     "linear_select_actions",
     "linear_td_loss",
     "routes",
+    "sampled_vocabulary",
     "select_actions",
     "soft_value",
+    "student_law",
     "successors",
     "td_loss",
     "td_target",
@@ -75,7 +79,7 @@ logger = logging.getLogger("tdkd")
 
 Impl = Literal["auto", "reference", "fused"]
 Level = Literal["log_prob", "logit", "shifted"]
-Normaliser = Literal["exact", "batch"]
+Normaliser = Literal["exact", "batch", "sampled"]
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -618,6 +622,7 @@ def linear_log_probs(
     ids: Tensor,
     *,
     vocabulary: Vocabulary | None = None,
+    gathered: bool = False,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -640,7 +645,10 @@ def linear_log_probs(
         weight: head ``(V, H)``.
         ids: token ids ``(..., k)``, int32 or int64; negative ids pad. One that stands twice in a
             row has its log-probability at both places, and counts once against the tail.
-        vocabulary: as in :func:`linear_logsumexp`; must hold every id.
+        vocabulary: as in :func:`linear_logsumexp`; must hold every id, unless ``gathered``.
+        gathered: the vocabulary, of :func:`sampled_vocabulary` for example, need not hold the ids:
+            k head rows a position are gathered for them, and its columns, but for those that are
+            ids of the row, stand for the rest.
         bias: head bias ``(V,)``.
         temperature: divides the logits, > 0.
         softcap: as in :func:`select_actions`.
@@ -652,7 +660,8 @@ def linear_log_probs(
         ``LogProbs(log_probs float32 (..., k), log_tail float32 (...))``, nats; -inf where padded.
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: an argument is out of range, or shapes do not fit.
+        ValueError: an argument is out of range, shapes do not fit, the vocabulary lacks an id (on a
+            CPU, or with ``check``), or there is none and ``gathered``.
         NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
 
     >>> given = linear_log_probs(torch.zeros(1, 4), torch.ones(10, 4), torch.tensor([[3, 7]]))
@@ -669,8 +678,11 @@ def linear_log_probs(
     flat, ids_of = hidden.reshape(lead.numel(), hidden.shape[-1]), ids.reshape(lead.numel(), k)
     if vocabulary is not None:
         vocabulary = _weighted_columns(vocabulary, hidden, weight, check)
-        _holds(vocabulary, ids_of, check)
-    linear_rows = _linear_rows_of(impl, hidden, weight, k)
+        if not gathered:
+            _holds(vocabulary, ids_of, check)
+    elif gathered:
+        raise ValueError("vocabulary: expected a Vocabulary with gathered=True, got None")
+    linear_rows = _linear_rows_of(impl, hidden, weight, k, gathered)
     z, log_rest = linear_rows(flat, weight, bias, ids_of, scale, vocabulary)
     held = soft_value(torch.where(_check.repeated(ids_of), -torch.inf, z), impl=impl)
     log_z = torch.logaddexp(held, log_rest)
@@ -721,11 +733,8 @@ def batch_vocabulary(
     if capacity is not None:
         _check.whole("capacity", capacity)
     if law is not None:
-        _check.floating("law", law)
-        _check.same_shape("law", law, torch.Size([vocab_size]), "the vocabulary")
+        law = _checked_law(law, vocab_size)
         _check.same_device("law", law, actions.ids)
-        law = law.detach()
-        _check.chances("law", law)
     if _check.looked_at(actions.ids):
         _check.ids_below("actions", actions.ids, vocab_size)
     return _batch_vocabulary.batch_vocabulary(
@@ -736,6 +745,100 @@ def batch_vocabulary(
         capacity=capacity,
         generator=generator,
     )
+
+
+def sampled_vocabulary(
+    vocab_size: int,
+    extra: int,
+    *,
+    law: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Vocabulary:
+    """A sample of all columns, whose weighted ``sum exp(z + log_weight)`` estimates Z.
+
+    Where the members of a row's set are gathered by themselves (``normaliser="sampled"``,
+    ``gathered=True``), these columns stand for all others. Nothing waits for the device.
+
+    Args:
+        vocab_size: V.
+        extra: number of sampled columns, >= 1 (within one, where ``law`` is given; all, where there
+            are fewer).
+        law: as in :func:`batch_vocabulary`; of the uniform one some thousand columns are a poor
+            estimate, that of :func:`student_law` serves well.
+        generator: source of randomness; None is torch's default one.
+        device: where it is made; None is that of ``law``, or the CPU.
+    Returns:
+        ``Vocabulary(ids int32 (M,) ascending, log_weight float32 (M,))``; -1 and -inf where padded,
+        which it is to the same M at every call.
+    Raises:
+        TypeError: ``law`` is not floating point, or a size is no int.
+        ValueError: a size is < 1, ``law`` has another shape or lies on another device, or (on a
+            CPU; elsewhere a RuntimeError, asynchronously) holds a number that is no chance.
+    """
+    _check.whole("vocab_size", vocab_size)
+    _check.whole("extra", extra)
+    if law is not None:
+        law = _checked_law(law, vocab_size)
+    device = law.device if device is None and law is not None else torch.device(device or "cpu")
+    nothing = torch.empty(0, dtype=torch.int32, device=device)
+    if law is not None:
+        _check.same_device("law", law, nothing)
+    return _batch_vocabulary.batch_vocabulary(
+        nothing,
+        vocab_size,
+        extra=extra,
+        law=law,
+        capacity=_routes.sample_capacity(extra, vocab_size),
+        generator=generator,
+    )
+
+
+def student_law(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """A law by which to sample columns: mean probabilities of a student over 64 of its rows.
+
+    A tenth of it is spread evenly, so that every column has a chance. No gradient.
+
+    Args:
+        hidden: last hidden states ``(..., H)``; rows with NaN have no say.
+        weight: head ``(V, H)``.
+        bias: head bias ``(V,)``.
+        temperature: divides the logits, > 0.
+        softcap: as in :func:`select_actions`.
+        logit_scale: as in :func:`select_actions`.
+        vocab_size: columns at and above it are padding and do not exist.
+    Returns:
+        ``(V,)`` float32, for ``law`` of :func:`sampled_vocabulary` or :func:`batch_vocabulary`.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument is out of range, or shapes do not fit.
+
+    >>> law = student_law(torch.zeros(1, 4), torch.ones(10, 4))
+    >>> law.sum(), sampled_vocabulary(10, 4, law=law).ids.shape
+    (tensor(1.), torch.Size([10]))
+    """
+    weight, bias = _check.head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
+    scale = _check.scale("", temperature, softcap, logit_scale)
+    flat = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
+    state = torch.ones(flat.shape[0], dtype=torch.bool, device=flat.device)
+    return _batch_vocabulary.student_law(flat, weight, bias, scale, state)
+
+
+def _checked_law(law: Tensor, vocab_size: int) -> Tensor:
+    _check.floating("law", law)
+    _check.same_shape("law", law, torch.Size([vocab_size]), "the vocabulary")
+    law = law.detach()
+    _check.chances("law", law)
+    return law
 
 
 def linear_td_loss(
@@ -751,7 +854,7 @@ def linear_td_loss(
     normaliser: Normaliser = "exact",
     vocabulary: Vocabulary | None = None,
     extra: int = 1024,
-    law: Tensor | Literal["student"] | None = None,
+    law: Tensor | Literal["student", "uniform"] | None = None,
     capacity: int | None = None,
     generator: torch.Generator | None = None,
     k: int = 64,
@@ -800,20 +903,22 @@ def linear_td_loss(
             among them (``include=tokens``); a state whose set is empty does not count. Then ``k``,
             ``top_p`` and the teacher's options have no say.
         normaliser: how ``log Z`` is had where the objective or ``q="log_prob"`` needs it:
-            ``"exact"`` over all columns, or ``"batch"`` from the batch vocabulary, unless that
-            would hold most columns (``tdkd info`` tells the bound): then over all of them. Where
-            nothing needs it, neither this nor what follows has a say.
-        vocabulary: for ``"batch"``: columns in place of
-            ``batch_vocabulary(actions, V, extra=extra)``; must hold every member. Then the next
-            four have no say.
-        extra: for ``"batch"``: number of sampled columns. Neither it nor ``generator`` has a say
-            with ``"exact"``; ``vocabulary``, ``law`` and ``capacity`` are refused there.
-        law: for ``"batch"``: as in :func:`batch_vocabulary`; ``"student"`` takes the student's mean
-            probabilities over 64 of these rows (a product with the whole head, of those alone) and
-            a tenth of the uniform law: an estimate several times nearer to the exact one
-            (`benchmarks/normaliser.py`).
+            ``"exact"`` over all columns; ``"batch"`` from the batch vocabulary, one product with
+            the union of all sets and a sample of the other columns; ``"sampled"`` from each row's
+            own set, whose k head rows are gathered, and a sample of all columns: less work, the
+            more so the larger the union is, and as good an estimate by the student's law. Where
+            either would cost more than all columns (``tdkd info`` tells the bounds) it is over all
+            of them. Where nothing needs ``log Z``, neither this nor what follows has a say.
+        vocabulary: columns in place of the batch vocabulary, which must hold every member, or of
+            the sample, which need not. Then the next four have no say. Like ``law`` and
+            ``capacity`` refused with ``"exact"``.
+        extra: number of sampled columns.
+        law: how they are sampled: as in :func:`batch_vocabulary`; ``"student"``, the default of
+            ``"sampled"``, is :func:`student_law` of these rows (a product of 64 of them with the
+            whole head), ``"uniform"`` that of ``"batch"``: an estimate many times further from the
+            exact one (`benchmarks/normaliser.py`).
         capacity: for ``"batch"``: as in :func:`batch_vocabulary`.
-        generator: for ``"batch"``: source of randomness.
+        generator: source of randomness.
         bias: the student's head bias ``(V,)``; ``teacher_bias`` is the teacher's.
         vocab_size: as in :func:`linear_logsumexp`; needed where the models pad differently.
         check: refuse ids out of range, rows without a usable logit, and ``actions`` with an id
@@ -825,7 +930,7 @@ def linear_td_loss(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, shapes do not fit, both or neither of a live
-            teacher and ``actions`` are given, or an option of ``"batch"`` with ``"exact"``.
+            teacher and ``actions`` are given, or an option of one normaliser with another.
         NotImplementedError: ``impl="fused"`` where no kernel takes the arguments.
     """
     weight, bias = _check.head(
@@ -833,15 +938,17 @@ def linear_td_loss(
     )
     lead = student_hidden.shape[:-1]
     _check.tokens("tokens", tokens, lead, student_hidden)
-    _check.choice("normaliser", normaliser, ("exact", "batch"))
+    _check.choice("normaliser", normaliser, get_args(Normaliser))
     if isinstance(law, str):
-        _check.choice("law", law, ("student",))
-    if normaliser == "exact":
-        for name, option in (("vocabulary", vocabulary), ("law", law), ("capacity", capacity)):
-            if option is not None:
-                raise ValueError(
-                    f'{name}: expected None with normaliser="exact", got {type(option).__name__}'
-                )
+        _check.choice("law", law, ("student", "uniform"))
+    options = {"vocabulary": vocabulary, "law": law, "capacity": capacity}
+    refused = {"exact": tuple(options), "batch": (), "sampled": ("capacity",)}
+    for name in refused[normaliser]:
+        if options[name] is not None:
+            raise ValueError(
+                f'{name}: expected None with normaliser="{normaliser}", got '
+                f"{type(options[name]).__name__}"
+            )
     scale = _check.scale("", temperature, softcap, logit_scale)
     state = tokens != ignore_index
     if check:
@@ -906,31 +1013,61 @@ def linear_td_loss(
         _tell(f"no log Z, {'k head rows a position' if some else 'all columns'}", flat, weight)
         terms = rows(gather(flat, weight, bias, rows.ids, scale), None)
         return _td_output(terms, actions, lead, reduction, divisor)
-    route = "log Z over all columns"
     if vocabulary is not None:
         vocabulary = _weighted_columns(vocabulary, flat, weight, check)
-        _holds(vocabulary, rows.ids, check)
+        if normaliser == "batch":
+            _holds(vocabulary, rows.ids, check)
     elif normaliser == "batch":
-        if isinstance(law, str):
-            law = _batch_vocabulary.student_law(flat, weight, bias, scale, rows.state)
+        law = _law_of("uniform" if law is None else law, flat, weight, bias, scale, rows.state)
         vocabulary = _columns_of_batch(used, flat, weight, extra, law, capacity, generator)
-        if vocabulary is None:
-            route += ", for the batch vocabulary would hold most"
-    if vocabulary is not None:
-        route = "log Z from the batch vocabulary"
+    elif normaliser == "sampled" and _samples(flat, weight, rows.ids.shape[-1], extra):
+        law = _law_of("student" if law is None else law, flat, weight, bias, scale, rows.state)
+        vocabulary = sampled_vocabulary(
+            weight.shape[0], extra, law=law, generator=generator, device=weight.device
+        )
+    if normaliser == "exact":
+        route = "log Z over all columns"
+    elif vocabulary is None:
+        route = f"log Z over all columns, for {_ESTIMATES[normaliser]} would cost more"
+    else:
+        route = f"log Z from {_ESTIMATES[normaliser]}"
+    gathered = normaliser == "sampled" and vocabulary is not None
     fused = _fused(impl, flat, weight, k=rows.ids.shape[-1])
-    if fused and reduction != "none" and _routes.in_forward(rows, flat, weight):
+    if fused and not gathered and reduction != "none" and _routes.in_forward(rows, flat, weight):
         terms_in_forward = linear_loss(flat, weight, bias, scale, vocabulary, rows, divisor)
         if terms_in_forward is not None:
             _tell(f"{route}, gradients in forward", flat, weight)
             return _td_output(terms_in_forward, actions, lead, reduction, 1.0)
     taken = weight if vocabulary is None else weight[: vocabulary.ids.numel()]
-    once = fused and _routes.head_is_frozen(flat, taken, bias, rows.ids.shape[-1])
+    once = fused and not gathered and _routes.head_is_frozen(flat, taken, bias, rows.ids.shape[-1])
     how = "once, for the head learns nothing" if once else "again in backward"
     _tell(f"{route}, logits made {how}", flat, weight)
-    linear_rows = _linear_rows_of(impl, flat, weight, rows.ids.shape[-1])
+    linear_rows = _linear_rows_of(impl, flat, weight, rows.ids.shape[-1], gathered)
     terms = rows(*linear_rows(flat, weight, bias, rows.ids, scale, vocabulary))
     return _td_output(terms, actions, lead, reduction, divisor)
+
+
+_ESTIMATES = {
+    "batch": "the batch vocabulary",
+    "sampled": "k head rows a position and sampled columns",
+}
+"""What estimates log Z in place of all columns, for the log."""
+
+
+def _law_of(
+    law: Tensor | str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Scale,
+    state: Tensor,
+) -> Tensor | None:
+    """The law of a word; None is uniform."""
+    if isinstance(law, Tensor):
+        return law
+    if law == "student":
+        return _batch_vocabulary.student_law(hidden, weight, bias, scale, state)
+    return None
 
 
 def _live_sets(
@@ -990,6 +1127,15 @@ def _columns_of_batch(
     factors = _head.factor_dtype(hidden, weight)
     pays = _routes.pays(weight.device.type, held, columns, hidden.shape[0], factors)
     return vocabulary if pays else None
+
+
+def _samples(hidden: Tensor, weight: Tensor, k: int, extra: int) -> bool:
+    """Whether k head rows a position and a sample of the columns cost less than all columns."""
+    _check.whole("extra", extra)
+    columns, width = weight.shape
+    factors = _head.factor_dtype(hidden, weight)
+    size = columns, width, hidden.shape[0]
+    return _routes.samples(weight.device.type, k, extra, *size, factors)
 
 
 def _all_states(state: Tensor) -> bool:
@@ -1065,10 +1211,13 @@ def routes(device: str = "cpu", columns: int = 49_152, width: int = 576) -> str:
 
 
 def _linear_rows_of(
-    impl: Impl, hidden: Tensor, weight: Tensor, k: int
+    impl: Impl, hidden: Tensor, weight: Tensor, k: int, gathered: bool = False
 ) -> Callable[..., StudentRows]:
-    op = _linear_rows if _fused(impl, hidden, weight, k=k) else _linear_rows_reference
-    return op.linear_rows
+    """``gathered``: members by k head rows a position, and a vocabulary for the rest alone."""
+    fused = _fused(impl, hidden, weight, k=k)
+    if gathered:
+        return (_sampled_rows if fused else _sampled_rows_reference).sampled_rows
+    return (_linear_rows if fused else _linear_rows_reference).linear_rows
 
 
 def _head_rows_of(impl: Impl, hidden: Tensor, weight: Tensor, k: int) -> Callable[..., Tensor]:

@@ -528,7 +528,7 @@ class TDTrainer(SFTTrainer):
         ``teacher``: of :meth:`_live`, or its ``actions``; ``extras``: whatever else the op takes.
         """
         args: TDConfig = self.args
-        sampled = args.normaliser == "batch" and args.batch_vocabulary_law == "student"
+        law = None if args.normaliser == "exact" else args.batch_vocabulary_law
         with self.accelerator.autocast():  # as the bodies do
             return ops.linear_td_loss(
                 hidden,
@@ -537,7 +537,7 @@ class TDTrainer(SFTTrainer):
                 bias=head.bias,
                 normaliser=args.normaliser,  # type: ignore[arg-type]
                 extra=args.batch_vocabulary_extra,
-                law="student" if sampled else None,
+                law=law,  # type: ignore[arg-type]
                 successor=successor,
                 **teacher,
                 **{**self._td_options(head), **extras},

@@ -462,7 +462,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("impl", ["reference", "auto"])
-@pytest.mark.parametrize("normaliser", ["exact", "batch"])
+@pytest.mark.parametrize("normaliser", ["exact", "batch", "sampled"])
 def test_linear_forms_never_hold_logits_of_all_rows(monkeypatch, normaliser, impl):
     from tdkd.kernels import head
     from tdkd.kernels.linear_rows import reference
@@ -492,10 +492,11 @@ def test_linear_forms_never_hold_logits_of_all_rows(monkeypatch, normaliser, imp
     assert seen.elements < rows * vocab / 8
 
 
-@pytest.mark.parametrize("law", ["student", None])
-def test_given_sets_need_no_row_of_logits(law):
-    """From a cache nothing grows as rows times vocabulary, the law of the student neither."""
-    from tdkd.kernels.batch_vocabulary.reference import LAW_COLUMNS, LAW_ROWS
+@pytest.mark.parametrize("normaliser", ["batch", "sampled"])
+@pytest.mark.parametrize("law", ["student", "uniform"])
+def test_given_sets_need_no_row_of_logits(law, normaliser):
+    """From a cache nothing grows as rows times vocabulary: the law of the student has a bound."""
+    from tdkd.kernels.batch_vocabulary.reference import LAW_LOGITS
 
     rows, vocab = 70, 300_000
     generator = torch.Generator().manual_seed(0)
@@ -506,13 +507,13 @@ def test_given_sets_need_no_row_of_logits(law):
     actions = ops.ActionSet(ids.int(), torch.full((rows, 4), 0.2).log(), count)
     with LargestTensor() as seen:
         ops.linear_td_loss(
-            hidden, weight, ids[:, 0], actions=actions, normaliser="batch", law=law,
+            hidden, weight, ids[:, 0], actions=actions, normaliser=normaliser, law=law,
             objective=ForwardKL(tail=True), generator=generator,
         ).loss.backward()  # fmt: skip
     assert weight.grad.abs().sum() > 0
     # the head's gradient is as large as the head
-    assert seen.elements <= max(weight.numel(), LAW_ROWS * LAW_COLUMNS)
-    assert seen.elements < LAW_ROWS * vocab / 10
+    assert seen.elements <= max(weight.numel(), LAW_LOGITS * (law == "student"))
+    assert seen.elements < rows * vocab
 
 
 # Gradients in float64

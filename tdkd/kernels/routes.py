@@ -2,8 +2,10 @@
 
 Where nothing needs the normaliser, a position takes k head rows, or all of them if k is large
 against V. ``normaliser="batch"`` takes the columns of the batch vocabulary, or all of them if it
-holds most; ``"exact"`` takes all, a chunk of rows at a time. Gradients of a loss are made in
-forward, three products with the head in place of four, unless rows of many chunks are linked.
+holds most; ``"sampled"`` k head rows and a sample of the columns, or all if these cost more;
+``"exact"`` takes all, a chunk of rows at a time. Gradients of a loss over all columns or a batch
+vocabulary are made in forward, three products with the head in place of four, unless rows of many
+chunks are linked.
 
 The bounds are where the measured costs cross. On CPU `tdkd bench --suite routes` measures them, and
 takes the ways that they reject as well; on GPUs they are arithmetic from the memory that is read,
@@ -25,7 +27,7 @@ from tdkd.objectives import ForwardKL
 if TYPE_CHECKING:
     from tdkd.td_rows import TDRows
 
-Way = Literal["gather", "products", "batch", "exact"]
+Way = Literal["gather", "products", "batch", "sampled", "exact"]
 
 BATCH_ROWS = {"cpu": 140, "cpu bfloat16": 300, "cuda": 300}
 """Rows whose products cost as much as gathering a column, and spreading its gradient, does; on CPUs
@@ -36,6 +38,8 @@ BOUND_BELOW = 0.25
 """M / V up to which a GPU takes a bound on M in its place, which spares it a host sync."""
 CAPACITY_STEP = 1024
 """Batch vocabularies that are padded have a multiple of it as their size."""
+SAMPLE_STEP = 16
+"""The same for samples, which nothing but alignment asks for."""
 MOST_LINKS = 1 / 16
 """Share of the rows, computed beforehand, above which a fourth product is the better way."""
 
@@ -101,6 +105,28 @@ def pays(
     if _forced in ("batch", "exact"):
         return _forced == "batch"
     return held < batch_below(device, rows, factors) * columns
+
+
+def samples(
+    device: str,
+    k: int,
+    extra: int,
+    columns: int,
+    width: int,
+    rows: int,
+    factors: torch.dtype = torch.float32,
+) -> bool:
+    """Whether k head rows a position and ``extra`` columns together are to be used, or all columns:
+    each costs its share of what all do, up to its bound."""
+    if _forced in ("sampled", "exact"):
+        return _forced == "sampled"
+    share = k / max(1.0, gather_below(device, columns, width, rows, factors) * columns)
+    return share + extra / max(1.0, batch_below(device, rows, factors) * columns) < 1
+
+
+def sample_capacity(extra: int, columns: int) -> int:
+    """Room for a sample of ``extra``, which may be one more: of an aligned size, and of one."""
+    return min(columns, -(-(extra + 1) // SAMPLE_STEP) * SAMPLE_STEP)
 
 
 def capacity(given: int | None, ids: Tensor, extra: int, columns: int) -> int | None:

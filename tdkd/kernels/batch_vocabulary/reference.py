@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from tdkd.kernels.gather_q.reference import scaled
-from tdkd.kernels.linear_rows.reference import row_chunks
 from tdkd.types import Scale, Vocabulary
 
 LAW_ROWS = 64
 """Rows whose mean probabilities are the law of a student: more of them changed nothing."""
-LAW_COLUMNS = 1 << 14
-"""Columns of which these rows have logits at a time: 4 MB of them."""
+LAW_LOGITS = 12 << 20
+"""Logits that these rows have at most, 48 MiB: with a very large head they are fewer."""
 LAW_FLOOR = 0.1
 """Share of that law that is spread evenly, so that no weight exceeds ten times the uniform one."""
 
@@ -19,40 +18,23 @@ def student_law(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Scale, state: Tensor
 ) -> Tensor:
     """Mean probabilities ``[V]`` of a student over some of its rows ``[N, H]``, those that are
-    states, and a floor. Whatever they are, estimates by :func:`batch_vocabulary` stay unbiased.
-
-    Two products with a panel of the head at a time, for log Z and for the probabilities: no row
-    has all its logits at once.
-    """
+    states, and a floor. Whatever they are, estimates by :func:`batch_vocabulary` stay unbiased."""
     hidden, weight = hidden.detach(), weight.detach()
-    bias = None if bias is None else bias.detach()
     count, columns = hidden.shape[0], weight.shape[0]
-    law = hidden.new_full((columns,), LAW_FLOOR / columns, dtype=torch.float32)
+    even = hidden.new_full((columns,), LAW_FLOOR / columns, dtype=torch.float32)
     if not count:
-        return law
-    some = torch.arange(min(count, LAW_ROWS), device=hidden.device) * count // min(count, LAW_ROWS)
-    rows, here = hidden[some], state[some].float()
-    panels = list(row_chunks(columns, 1, LAW_COLUMNS))
-
-    def logits(panel: slice) -> Tensor:
-        part = None if bias is None else bias[panel]
-        return _logits(rows, weight[panel], part, scale)
-
-    log_z = torch.stack([logits(panel).logsumexp(-1) for panel in panels]).logsumexp(0)
-    for panel in panels:
-        # a row with NaN has no probabilities to give
-        share = (logits(panel) - log_z[:, None]).exp().nan_to_num(0.0)
-        mean = (share * here[:, None]).sum(0) / here.sum().clamp(min=1.0)
-        law[panel] += (1.0 - LAW_FLOOR) * mean
-    return law
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Scale) -> Tensor:
-    """``[rows, columns]``, float32."""
+        return even
+    most = min(count, LAW_ROWS, max(1, LAW_LOGITS // columns))
+    some = torch.arange(most, device=hidden.device) * count // most
     with torch.autocast(hidden.device.type, enabled=False):
         given = torch.promote_types(hidden.dtype, weight.dtype)
-        logits = (hidden.to(given) @ weight.to(given).T).float()
-    return scaled(logits if bias is None else logits + bias.float(), scale)
+        logits = (hidden[some].to(given) @ weight.to(given).T).float()
+    if bias is not None:
+        logits += bias.detach().float()
+    # a row with NaN has no probabilities to give
+    share = scaled(logits, scale).softmax(-1).nan_to_num_(0.0)
+    here = state[some].float()
+    return even.add_(here @ share / here.sum().clamp(min=1.0), alpha=1.0 - LAW_FLOOR)
 
 
 def batch_vocabulary(

@@ -126,7 +126,15 @@ def linear_gather_q(
         z = _DenseProducts.apply(hidden, weight, bias, ids, head.factor_dtype(hidden, weight))
     else:
         bias = None if bias is None else bias.float()
-        if hidden.device.type not in backends.HALF_HIDDEN:
-            hidden = hidden.float()
-        z = _HeadProducts.apply(hidden, weight, bias, ids)
-    return torch.where(ids < 0, -torch.inf, scaled(z, scale))
+        z = _HeadProducts.apply(as_read(hidden), weight, bias, ids)
+    return values_of(z, ids, scale)
+
+
+def as_read(hidden: Tensor) -> Tensor:
+    """Hidden states in the dtype in which the kernels of this device read them."""
+    return hidden if hidden.device.type in backends.HALF_HIDDEN else hidden.float()
+
+
+def values_of(products: Tensor, ids: Tensor, scale: Scale) -> Tensor:
+    """What a head makes of its products ``[N, k]``; -inf where padded."""
+    return torch.where(ids < 0, -torch.inf, scaled(products, scale))

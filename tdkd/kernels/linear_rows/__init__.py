@@ -55,7 +55,7 @@ class _LinearRows(torch.autograd.Function):
             ctx.factors,
             ctx.needs_input_grad[:3],
         )
-        return *grads, None, None, None, None
+        return *grads.result(hidden, weight, bias), None, None, None, None
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -81,7 +81,7 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor, grad_rest: Tensor, _: Tensor) -> tuple[Any, ...]:
         weight, ids, z, log_rest, mean = ctx.saved_tensors
-        grad = torch.where(grad_z == 0, 0.0, grad_z * derivative(z, ctx.scale))
+        grad = of_products(grad_z, z, ctx.scale)
         by_hidden, _, _ = torch.ops.tdkd.head_products_backward(grad, mean, weight, ids, False)
         without = (grad_rest == 0) | (log_rest == -torch.inf)
         of_rest = grad_rest.float().unsqueeze(-1) * mean
@@ -89,13 +89,13 @@ class _FrozenHead(torch.autograd.Function):
         return by_hidden.to(ctx.dtype), *[None] * 6
 
 
-def derivative(z: Tensor, scale: Scale) -> Tensor:
-    """dz/dx, of the logits ``x`` that a head's products are."""
-    slope = scale.logit_scale / scale.temperature
-    if scale.softcap is None:
-        return torch.full_like(z, slope)
-    capped = z.double() * (scale.temperature / scale.softcap)
-    return (slope * (1 - capped.square())).float()
+def of_products(grad_z: Tensor, z: Tensor, scale: Scale) -> Tensor:
+    """The gradient of a head's products, from that of the ``z`` that ``scale`` makes of them."""
+    slope: Tensor | float = scale.logit_scale / scale.temperature
+    if scale.softcap is not None:
+        capped = z.double() * (scale.temperature / scale.softcap)
+        slope = (slope * (1 - capped.square())).float()
+    return torch.where(grad_z == 0, 0.0, grad_z * slope)
 
 
 def rows_of(
@@ -148,7 +148,7 @@ def rows_backward(
     log_weight: Tensor | None,
     factors: torch.dtype,
     wanted: tuple[bool, ...],
-) -> list[Tensor | None]:
+) -> head.Gradients:
     """Gradients of hidden, weight and bias, where wanted, from logits that are made again."""
     wide = head.Head(weight, bias, factors)
     grads = head.Gradients(hidden, weight, bias, wanted)
@@ -166,7 +166,7 @@ def rows_backward(
         )
         grads.add(grad, rows, hidden, wide)
         del grad  # before the next one is made
-    return grads.result(hidden, weight, bias)
+    return grads
 
 
 def linear_rows(

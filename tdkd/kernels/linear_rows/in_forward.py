@@ -147,7 +147,7 @@ class _Loss(torch.autograd.Function):
             ctx.factors,
             ctx.needs_input_grad[:3],
         )
-        return *grads, *[None] * 7
+        return *grads.result(hidden, weight, bias), *[None] * 7
 
 
 def _gradients(
