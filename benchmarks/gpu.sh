@@ -143,9 +143,11 @@ ids = torch.randint(5003, (33, 64), device=device, dtype=torch.int32)
 ops.gather_q(student, ids, impl="fused").sum().backward()
 
 # from hidden states and heads; 16 ids are gathered from 5,003, and 64 are not
+columns = ops.sampled_vocabulary(5003, 256, device=device)
 ways = (
     {"objective": ForwardKL(tail=True)},
     {"objective": ForwardKL(tail=True), "normaliser": "batch", "extra": 256, "law": "student"},
+    {"objective": ForwardKL(tail=True), "normaliser": "sampled", "vocabulary": columns},
     {"objective": ForwardKL(tail=True), "reduction": "none", "softcap": 5.0},
     {"objective": ForwardKL(), "q": "logit"},
 )

@@ -310,6 +310,12 @@ def _linear_log_probs(draw: Draw) -> Problem:
     order = torch.rand(rows, vocab, generator=draw.generator).argsort(-1)
     ids = draw.place(order[:, :k])
     frozen = draw.random.random() < 0.5
+    sampled = draw.random.random() < 0.3
+    if sampled:  # more columns than ids: some are outside of every set
+        columns = ops.sampled_vocabulary(
+            vocab, k + 1 + vocab // 4, generator=draw.generator, device=draw.device
+        )
+        scale |= {"vocabulary": columns, "gathered": True}
 
     def call(hidden: Tensor, weight: Tensor, bias: Tensor, impl: ops.Impl) -> tuple[Tensor, ...]:
         if frozen:
@@ -359,7 +365,7 @@ def _linear_td_loss(draw: Draw) -> Problem:
         options["successor"] = draw.place(successor)
     # gradients that were made in forward serve where nothing else has one
     alone = draw.random.random() < 0.5
-    way = draw.random.choice(("exact", "batch", "gather"))
+    way = draw.random.choice(("exact", "batch", "sampled", "gather"))
     if way == "gather":
         options |= {"objective": ForwardKL(), "q": "logit"}
     elif way == "batch":
@@ -367,6 +373,9 @@ def _linear_td_loss(draw: Draw) -> Problem:
             "normaliser": "batch",
             "vocabulary": ops.batch_vocabulary(actions, vocab, extra=8),
         }
+    elif way == "sampled":
+        columns = ops.sampled_vocabulary(vocab, k + 8, device=draw.device)
+        options |= {"normaliser": "sampled", "vocabulary": columns}
 
     frozen = draw.random.random() < 0.3
 

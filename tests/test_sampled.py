@@ -429,7 +429,10 @@ def test_the_default_number_of_columns():
         ({"capacity": 50}, 'capacity: expected None with normaliser="sampled", got int'),
         ({"vocabulary": None, "extra": 0}, "extra: expected .*>= 1, got 0"),
         ({"vocabulary": None, "law": "teacher"}, 'law: expected one of "student", "uniform"'),
-        ({"vocabulary": None, "law": torch.ones(3)}, r"law: expected the shape of the vocabulary \(90,\)"),
+        (
+            {"vocabulary": None, "law": torch.ones(3)},
+            r"law: expected the shape of the vocabulary \(90,\)",
+        ),
         ({"normaliser": "some"}, 'normaliser: expected one of "exact", "batch", "sampled"'),
         ({"normaliser": "batch"}, "vocabulary: expected every member of the action sets"),
     ],

@@ -390,6 +390,35 @@ def test_log_probs_of_a_frozen_head(dtype):
     assert (grad - exact).norm() <= (eager - exact).norm() + room
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_probs_of_gathered_ids(dtype, frozen):
+    """The rest by sampled columns, beside k rows of the head."""
+    hidden, weight, bias, ids, _ = (x.to(DEVICE) for x in head_case(dtype, 24))
+    columns = ops.sampled_vocabulary(
+        weight.shape[0], 20, generator=torch.Generator().manual_seed(1), device=DEVICE
+    )
+
+    def run(impl, kind):
+        leaves = [x.to(kind, copy=True).requires_grad_() for x in (hidden, weight, bias)]
+        heads = [x.detach() for x in leaves[1:]] if frozen else leaves[1:]
+        given = ops.linear_log_probs(
+            leaves[0], heads[0], ids, bias=heads[1], vocabulary=columns, gathered=True,
+            softcap=5.0, impl=impl,
+        )  # fmt: skip
+        held = given.log_probs.isfinite()
+        total = torch.where(held, given.log_probs, 0.0).sum() - 2 * given.log_tail.sum()
+        return given.log_tail.detach(), *torch.autograd.grad(total, leaves[: 1 if frozen else 3])
+
+    got, eager = run("fused", dtype), run("reference", dtype)
+    exact = run("reference", torch.float64)
+    torch.testing.assert_close(got[0].double(), exact[0], rtol=1e-5, atol=1e-5)
+    for mine, near, wanted in zip(got[1:], eager[1:], exact[1:], strict=True):
+        assert mine.dtype == dtype
+        room = 4 * torch.finfo(dtype).eps * wanted.norm()
+        assert (mine - wanted).norm() <= (near - wanted).norm() + room
+
+
 TILE = 128
 
 

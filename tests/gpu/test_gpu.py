@@ -245,7 +245,7 @@ def test_k_rows_of_a_large_head(dtype):
         assert (error <= room).all()
 
 
-@pytest.mark.parametrize("normaliser", ["exact", "batch"])
+@pytest.mark.parametrize("normaliser", ["exact", "batch", "sampled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_from_hidden_states(dtype, normaliser):
     rows, width, vocab = 96, 256, 8192
@@ -260,6 +260,8 @@ def test_the_loss_from_hidden_states(dtype, normaliser):
     vocabulary = None
     if normaliser == "batch":
         vocabulary = ops.batch_vocabulary(actions, vocab, generator=generator(5))
+    if normaliser == "sampled":
+        vocabulary = ops.sampled_vocabulary(vocab, 1024, generator=generator(5), device=GPU)
 
     def run(*leaves, impl):
         leaves = [x.detach().clone().requires_grad_() for x in leaves]
@@ -320,12 +322,40 @@ def test_a_batch_vocabulary_with_a_capacity_can_be_captured():
     assert held.numel() == union.numel() + 100
 
 
+@pytest.mark.parametrize("law", ["student", "uniform"])
+def test_columns_are_sampled_without_a_host_sync(law):
+    rows, width, vocab = 96, 256, 32_768
+    hidden = torch.randn(rows, width, device=GPU, generator=generator(1)).requires_grad_()
+    weight = (torch.randn(vocab, width, device=GPU, generator=generator(2)) * 0.1).requires_grad_()
+    tokens = torch.randint(vocab, (rows,), device=GPU, generator=generator(4))
+    teacher = torch.randn(rows, vocab, device=GPU, generator=generator(3)) * 3
+    actions = ops.select_actions(teacher, 16, include=tokens)
+
+    def step():
+        out = ops.linear_td_loss(
+            hidden, weight, tokens, actions=actions, objective=OBJECTIVE, normaliser="sampled",
+            law=law, extra=1000,
+        )  # fmt: skip
+        return torch.autograd.grad(out.loss, (hidden, weight))
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        grads = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # members and sampled columns alone
+    assert 1000 <= int(grads[1].any(-1).sum()) <= 1001 + 16 * rows
+
+
 KL = ForwardKL(tail=True)
 ROUTES = {
     # gradients in forward, or, since the loss looks at successors, in backward
     "exact": {"objective": KL},
     "ahead": {"objective": OBJECTIVE},
     "batch": {"objective": KL, "normaliser": "batch"},
+    "sampled": {"objective": KL, "normaliser": "sampled"},
     "gather": {"objective": ForwardKL(), "q": "logit"},
     "all columns": {"objective": ForwardKL(), "q": "logit"},
 }
@@ -345,6 +375,8 @@ def linear_form(name, dtype=torch.float32, rows=96, width=256, vocab=8192):
     options = dict(ROUTES.get(name, {}))
     if name == "batch":
         options["vocabulary"] = ops.batch_vocabulary(actions, vocab, extra=100, capacity=6144)
+    if name == "sampled":
+        options["vocabulary"] = ops.sampled_vocabulary(vocab, 100, device=GPU)
 
     def loss(hidden, weight):
         if name == "linear_gather_q":

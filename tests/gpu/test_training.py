@@ -1,6 +1,7 @@
 """TDTrainer, the LM loss and generation on a GPU, against the same on tiny models in float64."""
 
 import copy
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -15,6 +16,7 @@ from test_online import online_run
 from test_trainer import losses, trainer
 
 from tdkd import lm_loss
+from tdkd.kernels import routes
 from tdkd.models import Head
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -22,19 +24,21 @@ GPU = torch.device("cuda")
 ON_GPU = {"use_cpu": False, "bf16": False}
 
 
-@pytest.mark.parametrize("normaliser", ["exact", "batch"])
+@pytest.mark.parametrize("normaliser", ["exact", "batch", "sampled"])
 @pytest.mark.parametrize("family", ["llama tied", "gemma2", "cohere", "phi"])
 def test_a_step_is_the_dense_step(tmp_path, tiny_student, family, normaliser):
     student, teacher = pair(family)
-    run, before, batch = stepped(
-        tmp_path,
-        tiny_student,
-        student,
-        teacher,
-        normaliser=normaliser,
-        batch_vocabulary_extra=1000,
-        **ON_GPU,
-    )
+    forced = routes.forced("sampled") if normaliser == "sampled" else nullcontext()
+    with forced:
+        run, before, batch = stepped(
+            tmp_path,
+            tiny_student,
+            student,
+            teacher,
+            normaliser=normaliser,
+            batch_vocabulary_extra=1000,
+            **ON_GPU,
+        )
     assert next(run.model.parameters()).is_cuda
     before, teacher = before.to(GPU), copy.deepcopy(teacher).to(GPU)
     exact = dense_step(run, before, teacher, batch, torch.float64)
