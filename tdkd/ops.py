@@ -1020,7 +1020,7 @@ def linear_td_loss(
     elif normaliser == "batch":
         law = _law_of("uniform" if law is None else law, flat, weight, bias, scale, rows.state)
         vocabulary = _columns_of_batch(used, flat, weight, extra, law, capacity, generator)
-    elif normaliser == "sampled" and _samples(flat, weight, rows.ids.shape[-1], extra):
+    elif normaliser == "sampled" and _samples(flat, weight, rows.ids.shape[-1], extra, law):
         law = _law_of("student" if law is None else law, flat, weight, bias, scale, rows.state)
         vocabulary = sampled_vocabulary(
             weight.shape[0], extra, law=law, generator=generator, device=weight.device
@@ -1129,13 +1129,15 @@ def _columns_of_batch(
     return vocabulary if pays else None
 
 
-def _samples(hidden: Tensor, weight: Tensor, k: int, extra: int) -> bool:
+def _samples(hidden: Tensor, weight: Tensor, k: int, extra: int, law: Tensor | str | None) -> bool:
     """Whether k head rows a position and a sample of the columns cost less than all columns."""
     _check.whole("extra", extra)
     columns, width = weight.shape
     factors = _head.factor_dtype(hidden, weight)
     size = columns, width, hidden.shape[0]
-    return _routes.samples(weight.device.type, k, extra, *size, factors)
+    by_student = law is None or (isinstance(law, str) and law == "student")
+    law_rows = _batch_vocabulary.LAW_ROWS * by_student
+    return _routes.samples(weight.device.type, k, extra, *size, factors, law_rows)
 
 
 def _all_states(state: Tensor) -> bool:

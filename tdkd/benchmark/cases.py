@@ -250,6 +250,20 @@ SUITES: dict[str, list[Case]] = {
         )
         for k in ks
     ],
+    # the same of k head rows and sampled columns, which together cost what all columns do there
+    "sampled": [
+        _ways(_linear_td_loss, rows, vocab, k, sets="random", **options)
+        for rows, vocab, ks, options in (
+            (1024, 4_000, (64, 400, 700), {}),
+            (512, 8_000, (250, 700, 1100), {}),
+            (512, 32_000, (1000, 1900, 2600), {}),
+            (128, 49_152, (600, 2800), {"hidden": 2048}),
+            (16, 49_152, (64, 2000, 3500), {}),
+            (64, 49_152, (64, 2000, 3500), {}),
+            (512, 49_152, (500, 1500, 2000), {"dtype": "bfloat16"}),
+        )
+        for k in ks
+    ],
     "small": [
         _gather_q(512, 49_152),
         _soft_value(8192),

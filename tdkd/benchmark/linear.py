@@ -90,21 +90,25 @@ def td_loss(objective: ForwardKL, **options: object) -> Callable[[Case], Run]:
     return both_ways(loss)
 
 
-def both_heads(case: Case) -> Run:
-    """The teacher's head and selection, then the student's side by the batch vocabulary.
+def both_heads(normaliser: ops.Normaliser) -> Callable[[Case], Run]:
+    """The teacher's head and selection, then the student's side.
 
     The student is given the case's sets: those of random teachers share nothing between rows.
     """
-    given, learn = make_linear_inputs(case), td_loss(NORMALISED, normaliser="batch")(case)
 
-    def run(inputs: Inputs) -> tuple[object, ...]:
-        with case.mixed():
-            actions = ops.linear_select_actions(
-                given.teacher, given.teacher_weight, case.k, 0.8, include=given.tokens
-            )
-        return actions, *learn(inputs)
+    def prepare(case: Case) -> Run:
+        given, learn = make_linear_inputs(case), td_loss(NORMALISED, normaliser=normaliser)(case)
 
-    return run
+        def run(inputs: Inputs) -> tuple[object, ...]:
+            with case.mixed():
+                actions = ops.linear_select_actions(
+                    given.teacher, given.teacher_weight, case.k, 0.8, include=given.tokens
+                )
+            return actions, *learn(inputs)
+
+        return run
+
+    return prepare
 
 
 def dense_loss(compiled: bool = False) -> Callable[[Case], Run]:

@@ -407,11 +407,13 @@ RIVALS: dict[str, list[Rival]] = {
         Rival("three products", linear.three_products),
         Rival("tdkd", linear.td_loss(linear.NORMALISED)),
         Rival("tdkd batch", linear.td_loss(linear.NORMALISED, normaliser="batch")),
+        Rival("tdkd sampled", linear.td_loss(linear.NORMALISED, normaliser="sampled")),
         Rival("tdkd gather", linear.td_loss(linear.GATHERED, q="logit")),
         Rival("dense", linear.dense_loss()),
         Rival("torch.compile", linear.dense_loss(compiled=True), compiles=True),
         # with the teacher's head
-        Rival("tdkd, both heads", linear.both_heads, device="cuda"),
+        Rival("tdkd, both heads", linear.both_heads("batch"), device="cuda"),
+        Rival("tdkd sampled, both heads", linear.both_heads("sampled"), device="cuda"),
         Rival("Liger JSD, both heads", _liger, compiles=True, device="cuda"),
         Rival("Liger fused JSD, both heads", _liger_fused, compiles=True, device="cuda"),
     ],
@@ -497,6 +499,11 @@ WAYS: dict[str, list[Rival]] = {
         Rival(
             "batch",
             linear.forced("batch", linear.td_loss(linear.NORMALISED, normaliser="batch")),
+        ),
+        Rival("tdkd sampled", linear.td_loss(linear.NORMALISED, normaliser="sampled")),
+        Rival(
+            "sampled",
+            linear.forced("sampled", linear.td_loss(linear.NORMALISED, normaliser="sampled")),
         ),
         Rival("exact", linear.td_loss(linear.NORMALISED)),
     ],

@@ -115,13 +115,18 @@ def samples(
     width: int,
     rows: int,
     factors: torch.dtype = torch.float32,
+    law_rows: int = 0,
 ) -> bool:
-    """Whether k head rows a position and ``extra`` columns together are to be used, or all columns:
-    each costs its share of what all do, up to its bound."""
+    """Whether k head rows a position and ``extra`` columns together are to be used, or all columns.
+
+    Each costs its share of what all do, up to its bound; and one of three products of the rows by
+    whose law the columns are sampled.
+    """
     if _forced in ("sampled", "exact"):
         return _forced == "sampled"
     share = k / max(1.0, gather_below(device, columns, width, rows, factors) * columns)
-    return share + extra / max(1.0, batch_below(device, rows, factors) * columns) < 1
+    share += extra / max(1.0, batch_below(device, rows, factors) * columns)
+    return share + min(law_rows, rows) / max(1, 3 * rows) < 1
 
 
 def sample_capacity(extra: int, columns: int) -> int:
