@@ -1,12 +1,13 @@
-"""What the batch vocabulary costs on the sets that the trainer takes by default.
+"""What log Z costs on the sets that the trainer takes by default.
 
     make demo                          # makes the teacher and the answers
     python benchmarks/default_sets.py [--models runs/demo] [--rows 2048] [--rounds 10]
 
 The sets of `tdkd bench --suite linear` are a teacher's at p = 0.8; TDConfig takes all 64 members
 (p = 1) and samples the columns beside them by the student's law. Both are timed here in turns, on
-the same positions, beside the exact form, the dense loss and the three products. The sets that are
-made are not kept: benchmarks/results/default_sets.json tells their sizes.
+the same positions, beside sampled columns without the union of the sets, the exact form, the dense
+loss and the three products. The sets that are made are not kept:
+benchmarks/results/default_sets.json tells their sizes.
 """
 
 from __future__ import annotations
@@ -79,6 +80,9 @@ def rivals_of(kept: dict[float, Path]) -> list[Rival]:
     def batch(**options: Any) -> Any:
         return linear.td_loss(linear.NORMALISED, normaliser="batch", **options)
 
+    def sampled(extra: int) -> Any:
+        return linear.td_loss(linear.NORMALISED, normaliser="sampled", extra=extra)
+
     return [
         Rival("three products", linear.three_products),
         Rival("tdkd", on(1.0, linear.td_loss(linear.NORMALISED))),
@@ -86,6 +90,8 @@ def rivals_of(kept: dict[float, Path]) -> list[Rival]:
         Rival("batch, p = 0.8, student", on(0.8, batch(law="student"))),
         Rival("batch, p = 1, uniform", on(1.0, batch())),
         Rival("batch, p = 1, student", on(1.0, batch(law="student"))),
+        Rival("sampled 1024, p = 1", on(1.0, sampled(1024))),
+        Rival("sampled 2048, p = 1", on(1.0, sampled(2048))),
         Rival("dense", on(1.0, linear.dense_loss())),
     ]
 

@@ -6,7 +6,8 @@
 
 Models and data are those of `make demo`. A batch is as many answers as a training step holds.
 Each m is drawn many times for every batch, uniformly and by the law of ``law="student"``: its mean
-probabilities over 64 rows of the batch, a tenth of them spread evenly.
+probabilities over 64 rows of the batch, a tenth of them spread evenly; and beside the union of the
+sets (``normaliser="batch"``) or without it (``"sampled"``).
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from torch import Tensor
 from tdkd import ops, records
 from tdkd.benchmark.report import environment, write_json
 from tdkd.cli.evaluate import collate
-from tdkd.kernels.batch_vocabulary.reference import student_law
 from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer
 from tdkd.objectives import ForwardKL
-from tdkd.types import Scale
 
 EXTRA = (256, 1024, 4096)
-CASES = [(0, "none"), *((m, law) for law in ("uniform", "student") for m in EXTRA)]
+CASES: list[tuple[int, str, ops.Normaliser]] = [
+    (0, "none", "batch"),
+    *((m, law, "batch") for law in ("uniform", "student") for m in EXTRA),
+    *((m, "student", "sampled") for m in (1024, 2048, 4096)),
+    (4096, "uniform", "sampled"),
+]
 
 
 class Batch(NamedTuple):
@@ -49,6 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--student", required=True, action="append", metavar="NAME=DIR")
     parser.add_argument("--answers", type=int, default=8, help="a batch")
     parser.add_argument("--draws", type=int, default=8, help="vocabularies of each m and batch")
+    parser.add_argument("--top-p", type=float, default=0.8, help="of the sets")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(args)
 
@@ -57,49 +62,60 @@ def main(args: Sequence[str] | None = None) -> None:
     chat = records.Chat(tokenizer)
     encoded = [chat.encode(r, max_length=128) for r in records.read(options.data)]
     students = {}
-    print("| student | m | law | columns | bias of log Z | spread | gradient, error | cosine |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| student | normaliser | m | law | columns | bias | spread | gradient, error | cosine |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for given in options.student:
         name, _, path = given.rpartition("=")
         student = load_model(path)
         batches = [
-            read(teacher, student, tokenizer.pad_token_id, encoded[start:][: options.answers])
+            read(
+                teacher,
+                student,
+                tokenizer.pad_token_id,
+                encoded[start:][: options.answers],
+                options.top_p,
+            )
             for start in range(0, len(encoded), options.answers)
         ]
         students[name] = [measure(batches, *case, options.draws) for case in CASES]
         for row in students[name]:
             print(
-                f"| {name} | {row['extra']} | {row['law']} | {row['columns']:,.0f} | "
+                f"| {name} | {row['normaliser']} | {row['extra']} | {row['law']} | "
+                f"{row['columns']:,.0f} | "
                 f"{row['bias']:+.4f} | {row['spread']:.4f} | {row['gradient_error']:.3f} | "
                 f"{row['gradient_cosine']:.4f} |"
             )
     if options.json:
-        drawn = {"answers": options.answers, "draws": options.draws}
+        drawn = {"answers": options.answers, "draws": options.draws, "top_p": options.top_p}
         date = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(options.json, {"date": date, **environment(), **drawn, "students": students})
 
 
-def measure(batches: list[Batch], extra: int, law: str, draws: int) -> dict[str, object]:
+def measure(
+    batches: list[Batch], extra: int, law: str, normaliser: ops.Normaliser, draws: int
+) -> dict[str, object]:
     """Means over batches and draws of what :func:`compare` finds."""
     found: list[tuple[float, ...]] = []
     columns: list[int] = []
     for batch in batches:
-        every = torch.ones_like(batch.tokens, dtype=torch.bool)
-        chances = None
-        if law == "student":
-            chances = student_law(batch.hidden, batch.weight, None, Scale(), every)
-        rows, widths = compare(batch, extra, chances, draws if extra else 1)
+        chances = ops.student_law(batch.hidden, batch.weight) if law == "student" else None
+        rows, widths = compare(batch, extra, chances, normaliser, draws if extra else 1)
         found += rows
         columns += widths
     means = dict(zip(NAMES, torch.tensor(found).mean(0).tolist(), strict=True))
-    return {"extra": extra, "law": law, "columns": sum(columns) / len(columns), **means}
+    drawn = {"normaliser": normaliser, "extra": extra, "law": law}
+    return {**drawn, "columns": sum(columns) / len(columns), **means}
 
 
 NAMES = ("bias", "spread", "gradient_error", "gradient_cosine")
 
 
 def read(
-    teacher: torch.nn.Module, student: torch.nn.Module, pad: int, encoded: list[records.Encoded]
+    teacher: torch.nn.Module,
+    student: torch.nn.Module,
+    pad: int,
+    encoded: list[records.Encoded],
+    top_p: float,
 ) -> Batch:
     """Both models' bodies, and the teacher's sets."""
     ids, mask, states, tokens = collate(encoded, pad, torch.device("cpu"))
@@ -109,12 +125,12 @@ def read(
             last_hidden_state(model, input_ids=ids, attention_mask=mask)[states]
             for model in (teacher, student)
         ]
-    actions = ops.linear_select_actions(hidden[0], heads[0].weight, 64, 0.8, include=tokens)
+    actions = ops.linear_select_actions(hidden[0], heads[0].weight, 64, top_p, include=tokens)
     return Batch(hidden[1].requires_grad_(), heads[1].weight.detach(), tokens, actions)
 
 
 def compare(
-    batch: Batch, extra: int, law: Tensor | None, draws: int
+    batch: Batch, extra: int, law: Tensor | None, normaliser: ops.Normaliser, draws: int
 ) -> tuple[list[tuple[float, ...]], list[int]]:
     """For each draw: mean and spread over positions of log Z - its exact value, nats; and of the
     gradient of the mean tail-bucket KL with respect to hidden states, the relative error and the
@@ -129,20 +145,29 @@ def compare(
 
     exact = gradient(normaliser="exact")
     with torch.no_grad():
-        log_z = ops.linear_logsumexp(leaf, weight)
+        log_p = ops.linear_log_probs(leaf, weight, actions.ids[:, :1]).log_probs
     rows, widths = [], []
     for seed in range(draws):
-        generator = torch.Generator().manual_seed(seed)
-        vocabulary = ops.batch_vocabulary(
-            actions, weight.shape[0], extra=extra, law=law, generator=generator
-        )
+        drawn = {"law": law, "generator": torch.Generator().manual_seed(seed)}
+        if normaliser == "batch":
+            vocabulary = ops.batch_vocabulary(actions, weight.shape[0], extra=extra, **drawn)
+        else:
+            vocabulary = ops.sampled_vocabulary(weight.shape[0], extra, **drawn)
         with torch.no_grad():
-            off = ops.linear_logsumexp(leaf, weight, vocabulary=vocabulary) - log_z
-        estimate = gradient(normaliser="batch", vocabulary=vocabulary)
+            estimated = ops.linear_log_probs(
+                leaf,
+                weight,
+                actions.ids,
+                vocabulary=vocabulary,
+                gathered=normaliser == "sampled",
+            )
+            # the same logit less another log Z
+            off = (log_p - estimated.log_probs[:, :1]).squeeze(-1)
+        estimate = gradient(normaliser=normaliser, vocabulary=vocabulary)
         error = (estimate - exact).norm() / exact.norm()
         cosine = torch.nn.functional.cosine_similarity(estimate, exact, dim=0)
         rows.append((off.mean().item(), off.std().item(), error.item(), cosine.item()))
-        widths.append(vocabulary.ids.shape[0])
+        widths.append(int((vocabulary.ids >= 0).sum()))
     return rows, widths
 
 

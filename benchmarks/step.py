@@ -185,9 +185,15 @@ def ours(kind: type[TDTrainer] = TDTrainer, **options: Any) -> Callable[[Setup],
     return lambda setup: setup.trainer(kind, setup.config(TDConfig, **options))
 
 
-def cached(setup: Setup) -> Trainer:
-    config = setup.config(TDConfig, teacher="cache", teacher_cache=setup.sets)
-    return Cached(setup.student, args=config, processing_class=setup.tokenizer)
+SAMPLED = {"normaliser": "sampled", "batch_vocabulary_extra": 2048}
+
+
+def cached(**options: Any) -> Callable[[Setup], Trainer]:
+    def make(setup: Setup) -> Trainer:
+        config = setup.config(TDConfig, teacher="cache", teacher_cache=setup.sets, **options)
+        return Cached(setup.student, args=config, processing_class=setup.tokenizer)
+
+    return make
 
 
 def gkd(beta: float) -> Callable[[Setup], Trainer]:
@@ -210,7 +216,13 @@ def liger(setup: Setup) -> Trainer:
 RIVALS = [
     Rival(SHARED, "no heads; the loss is the mean of hidden states", ours(Bodies)),
     Rival(AGAINST, "the demo: log Z over the batch vocabulary", ours(normaliser="batch")),
-    Rival("tdkd cache", "the demo with the teacher's sets from disk: no teacher", cached),
+    Rival(
+        "tdkd sampled",
+        "log Z from each row's own set and 2,048 sampled columns",
+        ours(**SAMPLED),
+    ),
+    Rival("tdkd cache", "the demo with the teacher's sets from disk: no teacher", cached()),
+    Rival("tdkd cache, sampled", "the two together", cached(**SAMPLED)),
     Rival("tdkd exact", "log Z over all columns", ours(normaliser="exact")),
     Rival(
         "tdkd gather",

@@ -20,6 +20,7 @@ from tdkd.benchmark.run import Options, closing, run
 from tdkd.cli import app
 from tdkd.errors import UserError
 from tdkd.kernels import head, routes
+from tdkd.kernels.batch_vocabulary.reference import LAW_ROWS
 from tdkd.testing import LOGITS, make_logits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -486,6 +487,26 @@ def test_the_routes_are_measured_where_they_may_cross():
         routes.gathers("cpu", c.k, c.vocab, c.hidden, c.rows) for c in cases if "gather" in c.op
     }
     assert sides == {True, False}
+
+
+def test_the_sampled_columns_are_measured_where_they_may_cross():
+    sides = {sampled_by_the_rule(case._asdict()) for case in SUITES["sampled"]}
+    assert sides == {True, False}
+
+
+def sampled_by_the_rule(case):
+    size = case["k"], 1024, case["vocab"], case["hidden"], case["rows"]
+    return routes.samples("cpu", *size, getattr(torch, case["dtype"]), LAW_ROWS)
+
+
+def test_columns_are_sampled_where_that_was_measured_to_cost_less():
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "sampled.json"
+    cases = json.loads(path.read_text())["cases"]
+    assert len(cases) == len(SUITES["sampled"])
+    for case in cases:
+        cost = {r["rival"]: r["median_s"] for r in case["rivals"]}
+        taken = cost["sampled" if sampled_by_the_rule(case) else "exact"]
+        assert taken <= 1.1 * min(cost["sampled"], cost["exact"]), case
 
 
 @pytest.mark.parametrize(

@@ -380,7 +380,11 @@ def test_the_rule():
     assert routes.samples("cpu", 64, 1024, **size)
     assert routes.samples("cpu", 1024, 4096, **size)
     assert not routes.samples("cpu", 3000, 4096, **size)  # either alone would pay
-    assert not routes.samples("cpu", 64, 46_000, **size)
+    assert not routes.samples("cpu", 64, 24_000, **size)
+    # few rows: the law of the student alone costs most of what all columns do
+    few = {**size, "rows": 16}
+    assert routes.samples("cpu", 1000, 1024, **few)
+    assert not routes.samples("cpu", 1000, 1024, **few, law_rows=64)
     assert routes.samples("cuda", 64, 4096, **size)
     assert not routes.samples("cuda", 64, 1024, 10_000, 576, 2048)
 

@@ -40,6 +40,12 @@ CAPACITY_STEP = 1024
 """Batch vocabularies that are padded have a multiple of it as their size."""
 SAMPLE_STEP = 16
 """The same for samples, which nothing but alignment asks for."""
+SAMPLED_COST = 2.0
+"""What a sampled column costs beside one of the batch vocabulary: a fourth product, and the small
+operators around it."""
+LAW_COST = 0.8
+"""What the law of a student costs beside a loss over all columns, where it takes all rows: with few
+of them both read the head, which one of them writes a gradient of besides."""
 MOST_LINKS = 1 / 16
 """Share of the rows, computed beforehand, above which a fourth product is the better way."""
 
@@ -119,14 +125,14 @@ def samples(
 ) -> bool:
     """Whether k head rows a position and ``extra`` columns together are to be used, or all columns.
 
-    Each costs its share of what all do, up to its bound; and one of three products of the rows by
+    Each costs its share of what all do, up to its bound, and so do the products of the rows by
     whose law the columns are sampled.
     """
     if _forced in ("sampled", "exact"):
         return _forced == "sampled"
     share = k / max(1.0, gather_below(device, columns, width, rows, factors) * columns)
-    share += extra / max(1.0, batch_below(device, rows, factors) * columns)
-    return share + min(law_rows, rows) / max(1, 3 * rows) < 1
+    share += SAMPLED_COST * extra / max(1.0, batch_below(device, rows, factors) * columns)
+    return share + LAW_COST * min(law_rows, rows) / max(1, rows) < 1
 
 
 def sample_capacity(extra: int, columns: int) -> int:
