@@ -43,6 +43,7 @@ from tdkd.kernels.gather_q import reference as _gather_q_reference
 from tdkd.kernels.linear_gather_q import reference as _linear_gather_q_reference
 from tdkd.kernels.linear_rows import reference as _linear_rows_reference
 from tdkd.kernels.linear_rows.in_forward import linear_loss
+from tdkd.kernels.linear_rows.row_loss import row_loss
 from tdkd.kernels.linear_select_actions import reference as _linear_select_actions_reference
 from tdkd.kernels.sampled_rows import reference as _sampled_rows_reference
 from tdkd.kernels.select_actions import reference as _select_actions_reference
@@ -448,7 +449,7 @@ def td_loss(
         impl=impl,
     )
     divisor = _divisor(rows, reduction, num_items_in_batch)
-    terms = rows(z.reshape(tokens.numel(), k), log_rest)
+    terms = _terms(rows, z.reshape(tokens.numel(), k), log_rest, impl)
     return _td_output(terms, actions, lead, reduction, divisor)
 
 
@@ -589,7 +590,7 @@ def linear_logsumexp(
     Args:
         hidden: last hidden states ``(..., H)``.
         weight: head ``(V, H)``.
-        vocabulary: from :func:`batch_vocabulary`; None is exact.
+        vocabulary: from :func:`batch_vocabulary` or :func:`sampled_vocabulary`; None is exact.
         bias: head bias ``(V,)``.
         temperature: divides the logits, > 0.
         softcap: as in :func:`select_actions`.
@@ -822,9 +823,8 @@ def student_law(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument is out of range, or shapes do not fit.
 
-    >>> law = student_law(torch.zeros(1, 4), torch.ones(10, 4))
-    >>> law.sum(), sampled_vocabulary(10, 4, law=law).ids.shape
-    (tensor(1.), torch.Size([10]))
+    >>> student_law(torch.zeros(1, 4), torch.ones(10, 4))[:3]
+    tensor([0.1000, 0.1000, 0.1000])
     """
     weight, bias = _check.head("hidden", hidden, "weight", weight, "bias", bias, vocab_size)
     scale = _check.scale("", temperature, softcap, logit_scale)
@@ -1043,8 +1043,8 @@ def linear_td_loss(
     how = "once, for the head learns nothing" if once else "again in backward"
     _tell(f"{route}, logits made {how}", flat, weight)
     linear_rows = _linear_rows_of(impl, flat, weight, rows.ids.shape[-1], gathered)
-    terms = rows(*linear_rows(flat, weight, bias, rows.ids, scale, vocabulary))
-    return _td_output(terms, actions, lead, reduction, divisor)
+    z, log_rest = linear_rows(flat, weight, bias, rows.ids, scale, vocabulary)
+    return _td_output(_terms(rows, z, log_rest, impl), actions, lead, reduction, divisor)
 
 
 _ESTIMATES = {
@@ -1290,6 +1290,15 @@ def _td_rows(
         state_value=None if state_value is None else state_value.reshape(-1),
         expert_weight=None if expert_weight is None else expert_weight.reshape(-1),
     )
+
+
+def _terms(rows: TDRows, z: Tensor, log_rest: Tensor | None, impl: Impl) -> RowTerms:
+    """``rows(z, log_rest)``, in one launch where there is a kernel of it."""
+    fused = log_rest is not None and _fused(impl, z, k=z.shape[-1])
+    if fused and not torch.compiler.is_compiling() and _routes.row_kernel(rows, z):
+        assert log_rest is not None
+        return row_loss(rows, z, log_rest)
+    return rows(z, log_rest)
 
 
 def _divisor(

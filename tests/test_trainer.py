@@ -217,10 +217,12 @@ def test_sets_of_one_token_are_told_of_a_better_objective(
     assert told not in caplog.text
 
 
-@pytest.mark.parametrize("normaliser", ["exact", "batch"])
-def test_accumulation_is_one_batch(tmp_path, tiny_teacher, tiny_student, normaliser):
-    """1 x 8 and 8 x 1 give the same parameters after a step; the batch vocabulary holds all."""
+@pytest.mark.parametrize("normaliser", ["exact", "batch", "sampled"])
+def test_accumulation_is_one_batch(tmp_path, tiny_teacher, tiny_student, normaliser, monkeypatch):
+    """1 x 8 and 8 x 1 give the same parameters after a step; every column is held, or sampled."""
     steps = []
+    if normaliser == "sampled":
+        monkeypatch.setattr(routes, "samples", lambda *size: True)
     for size, accumulate in ((8, 1), (1, 8)):
         run = trainer(
             tmp_path,
@@ -543,7 +545,7 @@ def test_a_batch_without_responses_is_a_zero(tmp_path, tiny_teacher, tiny_studen
 
 REFUSED = {
     "q_level": ("value", "q_level: expected one of log_prob, logit, shifted, got 'value'"),
-    "normaliser": ("none", "normaliser: expected one of exact, batch, got 'none'"),
+    "normaliser": ("none", "normaliser: expected one of exact, batch, sampled, got 'none'"),
     "imitation": ("kl", "imitation: expected one of forward_kl, .*got 'kl'"),
     "td_phi": ("x", "td_phi: .*got 'x'"),
     "action_top_k": (0, "action_top_k: expected a number >= 1, got 0"),

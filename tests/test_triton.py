@@ -338,6 +338,69 @@ def test_the_forward_kl_of_rows_in_one_launch(tail, level, dtype):
         torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=2e-7)
 
 
+@pytest.fixture
+def one_launch(monkeypatch):
+    """The kernel of rows wherever a GPU would take it; counts its calls."""
+    calls = []
+    module = importlib.import_module("tdkd.kernels.linear_rows.triton")
+    inner = module.forward_kl
+
+    def counted(*given):
+        calls.append(given)
+        return inner(*given)
+
+    monkeypatch.setattr(module, "forward_kl", counted)
+    monkeypatch.setattr(routes, "row_kernel", lambda rows, z: type(rows.objective) is ForwardKL)
+    return calls
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("of", ["loss", "everything"])
+def test_losses_whose_rows_take_one_launch(one_launch, tail, reduction, of):
+    """From logits, a row's own gradient and sampled columns: as the reference, twice over."""
+    hidden, weight, bias, _, _ = (x.to(DEVICE) for x in head_case(torch.float32, 24))
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab, (rows,), generator=generator).to(DEVICE)
+    tokens[1] = -100
+    teacher = (torch.randn(rows, vocab, generator=generator) * 3).to(DEVICE)
+    into = torch.randn(rows, generator=generator).to(DEVICE)
+    into[2] = 0.0
+    actions = ops.select_actions(teacher, 6, 0.9, include=tokens.clamp(min=-1), impl="reference")
+    columns = ops.sampled_vocabulary(
+        vocab, 20, generator=torch.Generator().manual_seed(1), device=DEVICE
+    )
+    options = {"objective": ForwardKL(tail=tail), "reduction": reduction}
+
+    def from_logits(leaves, **more):
+        logits = leaves[0] @ leaves[1].T + leaves[2]
+        return ops.td_loss(logits, teacher, tokens, k=6, top_p=0.9, **options, **more)
+
+    def from_hidden(leaves, **more):
+        return ops.linear_td_loss(
+            *leaves[:2], tokens, actions=actions, bias=leaves[2], normaliser="sampled",
+            vocabulary=columns, **options, **more,
+        )  # fmt: skip
+
+    for form in (from_logits, from_hidden):
+        results = []
+        for kind, impl in ((torch.float32, "fused"), (torch.float64, "reference")):
+            leaves = [x.to(kind, copy=True).requires_grad_() for x in (hidden, weight, bias)]
+            out = form(leaves, impl=impl)
+            total = (out.loss * into).sum() if reduction == "none" else out.loss
+            if of == "everything":
+                total = total + (out.q * into).sum() + out.value.sum() + out.td_error.sum()
+            grads = torch.autograd.grad(total, leaves, retain_graph=True)
+            again = torch.autograd.grad(total, leaves)
+            for mine, same in zip(grads, again, strict=True):
+                assert torch.equal(mine, same)
+            results.append((*out[:4], out.entropy, out.log_mass, *grads))
+        for mine, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(mine.double(), wanted, rtol=2e-5, atol=2e-5)
+    assert len(one_launch) == 2  # once a form
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_gradient_in_fewer_bits_is_the_same_rounded(scale, dtype):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from tdkd.kernels.batch_vocabulary.reference import LAW_ROWS
 from tdkd.kernels.head import factor_dtype, factors_of
 from tdkd.objectives import ForwardKL
 
@@ -201,6 +202,8 @@ def describe(device: str, columns: int, width: int, rows: int = 2048) -> str:
     """The rule in words, at the size of a head and of a batch."""
     size = columns, width, rows
     gather = f"{gather_below(device, *size) * columns:,.0f}"
+    share = f"k / {gather} + M / {batch_below(device, rows) * columns / SAMPLED_COST:,.0f}"
+    limit = f"{1 - LAW_COST * min(LAW_ROWS, rows) / max(1, rows):.2f}"
     batch = f"{batch_below(device, rows):.2g}"
     low = factors_of(device, torch.bfloat16, torch.bfloat16, None)
     if device == "cpu" and low == torch.bfloat16:
@@ -208,6 +211,6 @@ def describe(device: str, columns: int, width: int, rows: int = 2048) -> str:
         batch += f" ({batch_below(device, rows, low):.2g})"
     return (
         f"no normaliser: k head rows if k < {gather}, else all; batch: M columns if M < "
-        f"{batch} V, else all (V = {columns:,}, H = {width}, {rows:,} "
-        "rows); exact: all"
+        f"{batch} V, else all; sampled: k head rows and M columns if {share} < {limit}, else all "
+        f"(V = {columns:,}, H = {width}, {rows:,} rows); exact: all"
     )

@@ -9,7 +9,6 @@ are linked with its own, and the few that come in a later chunk are computed bef
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from tdkd.kernels import head, routes
 from tdkd.kernels.backends import once_differentiable
-from tdkd.kernels.linear_rows import rows_backward, rows_of
+from tdkd.kernels.linear_rows import row_loss, rows_backward, rows_of
 from tdkd.kernels.linear_rows.reference import on_vocabulary
 from tdkd.kernels.student_rows import gradient_of_logits
 from tdkd.td_rows import RowTerms, TDRows
@@ -84,9 +83,8 @@ class _Loss(torch.autograd.Function):
             else:
                 part = rows if chunk.stop - chunk.start == count else rows.run(chunk)
                 given = z[chunk], rest[chunk]
-            if fused:
-                kernel = importlib.import_module("tdkd.kernels.linear_rows.triton").forward_kl
-                terms, by_z, by_rest = kernel(part, *given, factor)
+            if factor is not None:
+                terms, by_z, by_rest = row_loss.kernel(part, *given, factor)
             else:
                 terms, by_z, by_rest = _gradients(part, chunk.stop - chunk.start, *given, divisor)
             made.append(terms)
@@ -103,9 +101,8 @@ class _Loss(torch.autograd.Function):
             grads.add(grad, chunk, hidden, wide)
             del grad  # before the next one is made
         terms = _joined(made)
-        if fused or len(made) > 1:  # a chunk does not know every successor
-            error = rows.td_error(terms.q, rows.next_value(terms.value))
-            terms = terms._replace(td_error=error)
+        if fused or len(made) > 1:
+            terms = row_loss.with_td_error(rows, terms)
         ctx.save_for_backward(hidden, weight, bias, ids, log_weight, z, rest)
         # float32 until the gradient of the loss is there, which may be a scale against underflow
         ctx.made = grads
@@ -122,18 +119,8 @@ class _Loss(torch.autograd.Function):
         if made is not None and by_loss is not None and all(x is None for x in by_terms):
             return *made.result(hidden, weight, bias, factor=by_loss), *[None] * 7
         # a second backward, or one of q, value or td_error
-        with torch.enable_grad():
-            leaves = z.detach().requires_grad_(), rest.detach().requires_grad_()
-            terms = ctx.rows(leaves[0], leaves[1].float())
-            outputs = (terms.loss.sum() / ctx.divisor, *terms[1:])
-            pairs = zip(outputs, (by_loss, *by_terms), strict=True)
-            wanted = [(output, grad) for output, grad in pairs if grad is not None]
-            of_z, of_rest = torch.autograd.grad(
-                [output for output, _ in wanted],
-                leaves,
-                [grad for _, grad in wanted],
-                materialize_grads=True,
-            )
+        given = ctx.rows, z, rest, ctx.divisor
+        of_z, of_rest = row_loss.gradients_of(*given, by_loss, by_terms)
         grads = rows_backward(
             of_z,
             of_rest,
