@@ -265,11 +265,19 @@ def taken_held(name: str, rows: TDRows, tokens: Tensor) -> None:
 
 
 def chances(name: str, law: Tensor) -> None:
+    """Refuses what no column can be drawn by; off the CPU asynchronously."""
     if looked_at(law):
         shares(name, law)
+        if not bool(law.any()):
+            raise ValueError(f"{name}: expected a chance > 0 of some column, got zeros alone")
     else:
-        fits = (law >= 0) & law.isfinite()
-        torch._assert_async(fits.all(), f"{name}: expected finite numbers >= 0, got others")
+        fits = ((law >= 0) & law.isfinite()).all() & law.any()
+        torch._assert_async(fits, f"{name}: expected finite numbers >= 0, not all 0, got others")
+
+
+def generator(given: torch.Generator | None) -> None:
+    if given is not None and not isinstance(given, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(given).__name__}")
 
 
 def shares(name: str, x: Tensor) -> None:

@@ -736,6 +736,7 @@ def batch_vocabulary(
     if law is not None:
         law = _checked_law(law, vocab_size)
         _check.same_device("law", law, actions.ids)
+    _check.generator(generator)
     if _check.looked_at(actions.ids):
         _check.ids_below("actions", actions.ids, vocab_size)
     return _batch_vocabulary.batch_vocabulary(
@@ -759,7 +760,8 @@ def sampled_vocabulary(
     """A sample of all columns, whose weighted ``sum exp(z + log_weight)`` estimates Z.
 
     Where the members of a row's set are gathered by themselves (``normaliser="sampled"``,
-    ``gathered=True``), these columns stand for all others. Nothing waits for the device.
+    ``gathered=True``), these columns stand for all others. Nothing waits for the device, unless
+    ``generator`` is of another one.
 
     Args:
         vocab_size: V.
@@ -779,6 +781,7 @@ def sampled_vocabulary(
     """
     _check.whole("vocab_size", vocab_size)
     _check.whole("extra", extra)
+    _check.generator(generator)
     if law is not None:
         law = _checked_law(law, vocab_size)
     device = law.device if device is None and law is not None else torch.device(device or "cpu")
@@ -905,10 +908,11 @@ def linear_td_loss(
         normaliser: how ``log Z`` is had where the objective or ``q="log_prob"`` needs it:
             ``"exact"`` over all columns; ``"batch"`` from the batch vocabulary, one product with
             the union of all sets and a sample of the other columns; ``"sampled"`` from each row's
-            own set, whose k head rows are gathered, and a sample of all columns: less work, the
-            more so the larger the union is, and as good an estimate by the student's law. Where
-            either would cost more than all columns (``tdkd info`` tells the bounds) it is over all
-            of them. Where nothing needs ``log Z``, neither this nor what follows has a say.
+            own set, whose k head rows are gathered, and a sample of all columns: less work where
+            the union is large, for an estimate that wants ``extra`` of 2,048 or more to be as good.
+            Where either would cost more than all columns (``tdkd info`` tells the bounds) it is
+            over all of them. Where nothing needs ``log Z``, neither this nor what follows has a
+            say.
         vocabulary: columns in place of the batch vocabulary, which must hold every member, or of
             the sample, which need not. Then the next four have no say. Like ``law`` and
             ``capacity`` refused with ``"exact"``.
@@ -941,6 +945,10 @@ def linear_td_loss(
     _check.choice("normaliser", normaliser, get_args(Normaliser))
     if isinstance(law, str):
         _check.choice("law", law, ("student", "uniform"))
+    elif law is not None:
+        law = _checked_law(law, weight.shape[0])
+        _check.same_device("law", law, student_hidden)
+    _check.generator(generator)
     options = {"vocabulary": vocabulary, "law": law, "capacity": capacity}
     refused = {"exact": tuple(options), "batch": (), "sampled": ("capacity",)}
     for name in refused[normaliser]:

@@ -195,19 +195,24 @@ def test_members_and_sampled_columns_alone_get_a_gradient():
 
 
 class Shapes(TorchDispatchMode):
-    """The shape of each tensor that an operator made."""
+    """The shape of each tensor that an operator made, views and results in place left out."""
 
     def __init__(self):
         super().__init__()
         self.seen = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {id(x) for x in torch.utils._pytree.tree_leaves((args, kwargs))}
+        leaves = torch.utils._pytree.tree_leaves
+        given = {storage(x) for x in leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         result = function(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(result):
-            if isinstance(x, torch.Tensor) and id(x) not in given:
+        for x in leaves(result):
+            if isinstance(x, torch.Tensor) and storage(x) not in given:
                 self.seen.append(tuple(x.shape))
         return result
+
+
+def storage(x):
+    return x.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -360,6 +365,30 @@ def test_the_law_of_a_student():
                        ops.student_law(hidden, weight))  # fmt: skip
 
 
+def test_the_law_is_of_states_wherever_they_are():
+    """Prompts and padding have no say, nor do they take the place of rows that have."""
+    from tdkd.kernels.batch_vocabulary.reference import student_law
+
+    generator = seeded()
+    hidden, weight = torch.randn(1000, WIDTH, generator=generator), torch.randn(VOCAB, WIDTH)
+    state = torch.zeros(1000, dtype=torch.bool)
+    state[[1, 2, 3, 77, 500, 901]] = True
+    mean = (hidden[state] @ weight.T).softmax(-1)
+    law = student_law(hidden, weight, None, ops._check.scale("", 1.0, None, 1.0), state)
+    torch.testing.assert_close(law, 0.9 * mean.mean(0) + 0.1 / VOCAB)
+    hidden[~state] = torch.nan
+    same = student_law(hidden, weight, None, ops._check.scale("", 1.0, None, 1.0), state)
+    assert torch.equal(law, same)
+
+
+def test_the_law_copies_no_head_of_another_dtype():
+    hidden, weight = torch.randn(4, WIDTH), torch.randn(VOCAB, WIDTH).bfloat16()
+    with Shapes() as shapes:
+        law = ops.student_law(hidden, weight)
+    assert (VOCAB, WIDTH) not in shapes.seen
+    torch.testing.assert_close(law, ops.student_law(hidden.bfloat16(), weight))
+
+
 def test_a_large_head_gives_fewer_rows_to_the_law(monkeypatch):
     from tdkd.kernels.batch_vocabulary import reference
 
@@ -437,6 +466,7 @@ def test_the_default_number_of_columns():
             {"vocabulary": None, "law": torch.ones(3)},
             r"law: expected the shape of the vocabulary \(90,\)",
         ),
+        ({"vocabulary": None, "law": torch.zeros(VOCAB)}, "law: expected a chance > 0"),
         ({"normaliser": "some"}, 'normaliser: expected one of "exact", "batch", "sampled"'),
         ({"normaliser": "batch"}, "vocabulary: expected every member of the action sets"),
     ],
@@ -445,6 +475,20 @@ def test_what_is_refused(options, message):
     leaves, tokens, actions = make()
     with routes.forced("sampled"), pytest.raises(ValueError, match=message):
         loss(leaves, tokens, actions, **options)
+
+
+@pytest.mark.parametrize("way", ["sampled", "exact"])
+@pytest.mark.parametrize("normaliser", ["sampled", "batch"])
+def test_a_law_is_looked_at_whichever_way_is_taken(way, normaliser):
+    leaves, tokens, actions = make()
+    given = {"normaliser": normaliser, "vocabulary": None}
+    with routes.forced(way):
+        with pytest.raises(TypeError, match="law: expected a .*tensor, got list"):
+            loss(leaves, tokens, actions, law=[1.0, 2.0], **given)
+        with pytest.raises(ValueError, match="law: expected the shape of the vocabulary"):
+            loss(leaves, tokens, actions, law=torch.ones(3), **given)
+        with pytest.raises(TypeError, match="generator: expected a torch.Generator, got int"):
+            loss(leaves, tokens, actions, generator=5, **given)
 
 
 @pytest.mark.parametrize(
@@ -476,6 +520,7 @@ def test_what_is_refused(options, message):
             "vocabulary: expected a Vocabulary with gathered=True, got None",
         ),
         (lambda: ops.student_law(torch.ones(2, 3), torch.ones(9, 4)), ValueError, "weight: "),
+        (lambda: ops.sampled_vocabulary(9, 2, generator=5), TypeError, "generator: .*got int"),
     ],
 )  # fmt: skip
 def test_what_else_is_refused(call, error, message):

@@ -401,6 +401,51 @@ def test_losses_whose_rows_take_one_launch(one_launch, tail, reduction, of):
     assert len(one_launch) == 2  # once a form
 
 
+def test_one_launch_of_sets_in_another_layout(one_launch):
+    """What the kernel reads and writes is row after row, whatever strides the sets have."""
+    hidden, weight, bias, _, _ = (x.to(DEVICE) for x in head_case(torch.float32, 24))
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab, (rows,), generator=generator).to(DEVICE)
+    teacher = (torch.randn(rows, vocab, generator=generator) * 3).to(DEVICE)
+    columns = ops.sampled_vocabulary(vocab, 20, device=DEVICE)
+    actions = ops.select_actions(teacher, 5, include=tokens, impl="reference")
+    strided = actions._replace(ids=actions.ids.T.contiguous().T)
+    results = []
+    for sets in (actions, strided):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        out = ops.linear_td_loss(
+            *leaves[:2], tokens, actions=sets, bias=leaves[2], normaliser="sampled",
+            vocabulary=columns, objective=ForwardKL(tail=True), impl="fused",
+        )  # fmt: skip
+        results.append((out.loss, *torch.autograd.grad(out.loss, leaves)))
+    for mine, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(mine, wanted)
+    assert len(one_launch) == 2
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("level", ["log_prob", "logit"])
+def test_one_launch_hides_no_nan(one_launch, tail, level):
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(4, 40, generator=generator).to(DEVICE) for _ in range(2))
+    tokens = torch.tensor([1, 2, 3, 4], device=DEVICE)
+    teacher[:, 30:] = -INF
+    student[2, 35] = torch.nan  # no member
+    results = []
+    for impl in ("fused", "reference"):
+        leaf = student.clone().requires_grad_()
+        out = ops.td_loss(
+            leaf, teacher, tokens, k=8, q=level, objective=ForwardKL(tail=tail), reduction="none",
+            impl=impl,
+        )  # fmt: skip
+        results.append((out.loss.detach(), torch.autograd.grad(out.loss.sum(), leaf)[0]))
+    for mine, wanted in zip(*results, strict=True):
+        # a row's gradient is NaN somewhere, or nowhere
+        some = [x.view(4, -1).isnan().any(-1) for x in (mine, wanted)]
+        assert torch.equal(*some)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_gradient_in_fewer_bits_is_the_same_rounded(scale, dtype):

@@ -137,8 +137,9 @@ def samples(
 
 
 def sample_capacity(extra: int, columns: int) -> int:
-    """Room for a sample of ``extra``, which may be one more: of an aligned size, and of one."""
-    return min(columns, -(-(extra + 1) // SAMPLE_STEP) * SAMPLE_STEP)
+    """Room for a sample of ``extra``, which may be one more, and another by rounding: the same at
+    every call, and aligned."""
+    return min(columns, -(-(extra + 2) // SAMPLE_STEP) * SAMPLE_STEP)
 
 
 def capacity(given: int | None, ids: Tensor, extra: int, columns: int) -> int | None:

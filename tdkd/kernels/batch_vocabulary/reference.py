@@ -8,8 +8,8 @@ from tdkd.types import Scale, Vocabulary
 
 LAW_ROWS = 64
 """Rows whose mean probabilities are the law of a student: more of them changed nothing."""
-LAW_LOGITS = 12 << 20
-"""Logits that these rows have at most, 48 MiB: with a very large head they are fewer."""
+LAW_LOGITS = 8 << 20
+"""Logits that these rows have at most, 32 MiB: with a very large head they are fewer."""
 LAW_FLOOR = 0.1
 """Share of that law that is spread evenly, so that no weight exceeds ten times the uniform one."""
 
@@ -17,23 +17,26 @@ LAW_FLOOR = 0.1
 def student_law(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Scale, state: Tensor
 ) -> Tensor:
-    """Mean probabilities ``[V]`` of a student over some of its rows ``[N, H]``, those that are
-    states, and a floor. Whatever they are, estimates by :func:`batch_vocabulary` stay unbiased."""
+    """Mean probabilities ``[V]`` of a student over some of its rows ``[N, H]`` that are states,
+    evenly spaced among them, and a floor. Whatever they are, estimates by :func:`batch_vocabulary`
+    stay unbiased."""
     hidden, weight = hidden.detach(), weight.detach()
     count, columns = hidden.shape[0], weight.shape[0]
     even = hidden.new_full((columns,), LAW_FLOOR / columns, dtype=torch.float32)
     if not count:
         return even
     most = min(count, LAW_ROWS, max(1, LAW_LOGITS // columns))
-    some = torch.arange(most, device=hidden.device) * count // most
+    # the numbers of states among states; how many there are only the device knows
+    number, slot = state.cumsum(0), torch.arange(most, device=hidden.device)
+    states = number[-1]
+    wanted = torch.where(states > most, slot * states // most, slot) + 1
+    some, here = torch.searchsorted(number, wanted).clamp(max=count - 1), (slot < states).float()
     with torch.autocast(hidden.device.type, enabled=False):
-        given = torch.promote_types(hidden.dtype, weight.dtype)
-        logits = (hidden[some].to(given) @ weight.to(given).T).float()
+        logits = (hidden[some].to(weight.dtype) @ weight.T).float()  # no copy of the head
     if bias is not None:
         logits += bias.detach().float()
     # a row with NaN has no probabilities to give
     share = scaled(logits, scale).softmax(-1).nan_to_num_(0.0)
-    here = state[some].float()
     return even.add_(here @ share / here.sum().clamp(min=1.0), alpha=1.0 - LAW_FLOOR)
 
 

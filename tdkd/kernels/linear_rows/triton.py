@@ -76,6 +76,9 @@ def _forward_kl(
         loss = tl.sum(tl.where(held, p * ((log_p - teacher) - (z - value)), 0.0), 0)
         grad_z = tl.sum(p, 0) * tl.exp(z - value) - p
         grad_rest = 0.0
+        if LOG_PROB:  # a NaN outside the set is one of every log-probability
+            loss = tl.where(rest != rest, rest, loss)
+            grad_z = tl.where(rest != rest, rest, grad_z)
     share = tl.where(z == float("-inf"), 0.0, tl.exp(z - value))
     entropy = -tl.sum(tl.where(share == 0.0, 0.0, share * (z - value)), 0)
     taken = tl.sum(tl.where(j == tl.load(slot_ptr + row), z, 0.0), 0)
@@ -107,6 +110,7 @@ def forward_kl(
     As ``rows(z, rest)`` under autograd; TD errors are left to the caller, and are 0 here.
     """
     assert isinstance(rows.objective, ForwardKL)
+    z, rest = z.contiguous(), rest.contiguous()  # gradients have their layout
     count, k = z.shape
     loss, q, value, entropy, log_mass, nothing = z.new_zeros(6, count)
     grad_z, grad_rest = torch.empty_like(z), torch.empty_like(rest)
@@ -116,8 +120,8 @@ def forward_kl(
         block = triton.next_power_of_2(max(k, 16))
         with on_device(z):
             _forward_kl[(count,)](
-                z.contiguous(),
-                rest.contiguous(),
+                z,
+                rest,
                 log_probs.contiguous(),
                 rows.slot.contiguous(),
                 rows.state.contiguous(),

@@ -1,7 +1,8 @@
 """sampled_rows on the kernels: k head rows a position, and one product with the sampled columns.
 
-Both give a gradient to the head, which is written once: the rows of the sets by the kernel of
-``linear_gather_q``, those of the columns added to them.
+Both give a gradient to the head, in one tensor of its dtype: the kernel of ``linear_gather_q``
+writes the rows of the sets, and those of the columns are added. In half precision a row that is
+both is rounded a second time.
 """
 
 from __future__ import annotations
