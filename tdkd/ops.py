@@ -943,12 +943,6 @@ def linear_td_loss(
     lead = student_hidden.shape[:-1]
     _check.tokens("tokens", tokens, lead, student_hidden)
     _check.choice("normaliser", normaliser, get_args(Normaliser))
-    if isinstance(law, str):
-        _check.choice("law", law, ("student", "uniform"))
-    elif law is not None:
-        law = _checked_law(law, weight.shape[0])
-        _check.same_device("law", law, student_hidden)
-    _check.generator(generator)
     options = {"vocabulary": vocabulary, "law": law, "capacity": capacity}
     refused = {"exact": tuple(options), "batch": (), "sampled": ("capacity",)}
     for name in refused[normaliser]:
@@ -957,6 +951,12 @@ def linear_td_loss(
                 f'{name}: expected None with normaliser="{normaliser}", got '
                 f"{type(options[name]).__name__}"
             )
+    if isinstance(law, str):
+        _check.choice("law", law, ("student", "uniform"))
+    elif law is not None:
+        law = _checked_law(law, weight.shape[0])
+        _check.same_device("law", law, student_hidden)
+    _check.generator(generator)
     scale = _check.scale("", temperature, softcap, logit_scale)
     state = tokens != ignore_index
     if check:

@@ -310,21 +310,22 @@ def _linear_log_probs(draw: Draw) -> Problem:
     order = torch.rand(rows, vocab, generator=draw.generator).argsort(-1)
     ids = draw.place(order[:, :k])
     frozen = draw.random.random() < 0.5
-    sampled = draw.random.random() < 0.3
-    if sampled:  # more columns than ids: some are outside of every set
+    sampled: dict[str, Any] = {}
+    if draw.random.random() < 0.3:  # more columns than ids: some are outside of every set
         columns = ops.sampled_vocabulary(
             vocab, k + 1 + vocab // 4, generator=draw.generator, device=draw.device
         )
-        scale |= {"vocabulary": columns, "gathered": True}
+        sampled = {"vocabulary": columns, "gathered": True}
 
     def call(hidden: Tensor, weight: Tensor, bias: Tensor, impl: ops.Impl) -> tuple[Tensor, ...]:
         if frozen:
             weight, bias = weight.detach(), bias.detach()
-        return ops.linear_log_probs(hidden, weight, ids, bias=bias, impl=impl, **scale)
+        return ops.linear_log_probs(hidden, weight, ids, bias=bias, impl=impl, **scale, **sampled)
 
     # gradients add up k targets of random sign
     slope = _factor(head) * k**0.5
-    return Problem(head[:3], call, 24.0, slope, note=f"{head.note} k={k} {scale}")
+    note = f"{head.note} k={k} {scale}{' sampled columns' * bool(sampled)}"
+    return Problem(head[:3], call, 24.0, slope, note=note)
 
 
 def _linear_select_actions(draw: Draw) -> Problem:
@@ -371,10 +372,10 @@ def _linear_td_loss(draw: Draw) -> Problem:
     elif way == "batch":
         options |= {
             "normaliser": "batch",
-            "vocabulary": ops.batch_vocabulary(actions, vocab, extra=8),
+            "vocabulary": ops.batch_vocabulary(actions, vocab, extra=8, generator=draw.generator),
         }
     elif way == "sampled":
-        columns = ops.sampled_vocabulary(vocab, k + 8, device=draw.device)
+        columns = ops.sampled_vocabulary(vocab, k + 8, generator=draw.generator, device=draw.device)
         options |= {"normaliser": "sampled", "vocabulary": columns}
 
     frozen = draw.random.random() < 0.3

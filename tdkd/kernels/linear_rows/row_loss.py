@@ -74,7 +74,7 @@ class _RowLoss(torch.autograd.Function):
         z, rest, by_z, by_rest = ctx.saved_tensors
         if by_loss is None or any(x is not None for x in by_terms):
             return *gradients_of(ctx.rows, z, rest, None, by_loss, by_terms), None
-        # a row without a gradient keeps what a NaN of its own would make of 0
+        # 0 times the NaN of a row that nothing is wanted of would be NaN
         none = by_loss == 0
         by_z = torch.where(none.unsqueeze(-1), 0.0, by_loss.unsqueeze(-1) * by_z)
         return by_z, torch.where(none, 0.0, by_loss * by_rest), None
