@@ -22,6 +22,7 @@ from tdkd.cache import Cache, Collator, Example
 from tdkd.cli import cache as command
 from tdkd.cli import distill
 from tdkd.errors import UserError
+from tdkd.kernels.batch_vocabulary.reference import LAW_ROWS
 from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer
 from tdkd.testing import memory_events
 from tdkd.trainer import TDConfig, TDTrainer
@@ -350,7 +351,8 @@ def test_a_student_learns_from_a_stream(made, tmp_path, tiny_student, packing):
 
 
 def test_a_step_holds_no_row_of_logits(tmp_path, tiny_tokenizer, data):
-    """Nothing that a step allocates is larger than the gradient of the head."""
+    """Nothing that a step allocates is larger than the gradient of the head, or than the logits of
+    the 64 rows by whose law columns are sampled."""
     columns, width = 100_000, 16
     teacher, student = (
         tiny.save_llama(tmp_path / name, tiny_tokenizer, layers=2, seed=seed, vocab_size=columns)
@@ -362,11 +364,15 @@ def test_a_step_holds_no_row_of_logits(tmp_path, tiny_tokenizer, data):
         trainer = cached_trainer(tmp_path, student, made, per_device_train_batch_size=11, **options)
         batch = next(iter(trainer.get_train_dataloader()))
         states = int((batch["labels"][:, 1:] >= 0).sum())
-        assert states > 5 * width
+        assert states > max(5 * width, LAW_ROWS)
         sizes = memory_events(lambda: trainer.training_step(trainer.model, dict(batch), states))
         return max(sizes) / 4, states
 
-    assert largest(normaliser="batch", batch_vocabulary_extra=64)[0] <= columns * width
+    for normaliser in ("batch", "sampled"):
+        options = {"normaliser": normaliser, "batch_vocabulary_extra": 64}
+        uniform = largest(batch_vocabulary_law="uniform", **options)[0]
+        assert uniform <= columns * width
+        assert largest(**options)[0] <= columns * LAW_ROWS
     # and so it is seen where there are logits
     exact, states = largest(normaliser="exact")
     assert exact >= columns * states

@@ -81,7 +81,7 @@ def test_the_first_process_shows_what_is_logged(setting, capsys, monkeypatch, ra
     shown = capsys.readouterr().err
     assert ("heads: normaliser batch; no normaliser: k head rows" in shown) == (rank == 0)
     # 24 rows of 4 ids and 1,024 samples are most of 264 columns
-    route = "H = 16, cpu: log Z over all columns, for the batch vocabulary would hold most"
+    route = "H = 16, cpu: log Z over all columns, for the batch vocabulary would cost more"
     assert shown.count(route) == (rank == 0)
     assert not logging.getLogger("tdkd").handlers
 
