@@ -6,13 +6,20 @@
 
 namespace {
 
+/// Of the operators' schemas, as tdkd/kernels/backends.py has it.
+int64_t schema_version() { return 1; }
+
 std::string cpu_capability() { return tdkd::name_of(tdkd::choose_isa()); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tdkd, m) { m.def("cpu_capability() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(tdkd, m) {
+  m.def("schema_version() -> int");
+  m.def("cpu_capability() -> str");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(tdkd, CompositeExplicitAutograd, m) {
+  m.impl("schema_version", TORCH_BOX(&schema_version));
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
 }
 

@@ -59,6 +59,19 @@ struct RowSum {
     }
   }
 
+  /// Goes on with a row whose first part another sum has seen.
+  void resume(float from, double so_far) {
+    look_from(from);
+    total = so_far;
+  }
+  std::pair<float, double> carry() {
+    flush();
+    return {reference, total};
+  }
+
+  /// There was something in the row that has no logsumexp.
+  void spoil() { total = NAN; }
+
   /// Moves what vectors hold into a double; to be called every few blocks.
   void flush() {
     total += sum(partial);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -24,6 +25,13 @@ inline float from_ordered(int32_t key) {
   return std::bit_cast<float>(key ^ ((key >> 31) & 0x7fffffff));
 }
 
+/// What a panel of a row's columns leaves to the next one; the row's outputs hold its candidates.
+struct Carry {
+  double total;  // of the sum of exponentials
+  float reference, taken;
+};
+static_assert(sizeof(Carry) == 2 * sizeof(double));
+
 /// Elements that may be members, in ascending order of ids.
 struct Candidates {
   std::vector<float> values;
@@ -37,10 +45,19 @@ struct Candidates {
     ids.resize(most + 1);
   }
 
-  void clear(int64_t k) {
-    count = 0;
-    ties = k;
+  void load(const float* from, const int32_t* from_ids, int64_t size) {
+    count = size;
+    std::copy(from, from + size, values.data());
+    std::copy(from_ids, from_ids + size, ids.data());
   }
+  int64_t store(float* to, int32_t* to_ids) const {
+    std::copy(values.data(), values.data() + count, to);
+    std::copy(ids.data(), ids.data() + count, to_ids);
+    return count;
+  }
+
+  float lowest() const { return *std::min_element(values.data(), values.data() + count); }
+  float highest() const { return *std::max_element(values.data(), values.data() + count); }
 
   // no branch: whether an element ties is not to be predicted
   void push(float value, int32_t id, float t) {
@@ -96,14 +113,14 @@ struct Candidates {
 };
 
 struct SelectScratch {
+  /// Of n columns at a time.
   SelectScratch(int64_t n, int64_t k)
       : groups(n / block_vectors + 2 * widest),
         supergroups(n / (block_vectors * block_vectors) + 2 * widest),
         blocks(n / (block_vectors * narrowest) + 2) {
     // see select_actions_row.h for the bound
-    int64_t most = std::min(n, (block_vectors + 1) * k);
-    found.reserve(most);
-    shortlist.reserve(std::min<int64_t>(int64_t(groups.size()), block_vectors * k));
+    found.reserve(k + std::min(n, (block_vectors + 1) * k));
+    shortlist.reserve(groups.size());
   }
 
   static constexpr int narrowest = 8, widest = 16;  // lanes of a Vec

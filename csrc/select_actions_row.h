@@ -1,10 +1,11 @@
-// The action set of one row. No include guard: included once for each instruction set.
+// The action set of one row, a panel of its columns after the other, or all at once. No include
+// guard: included once for each instruction set.
 //
 // A *group* is one lane of a block: block_vectors elements, one maximum. The k-th largest group
 // maximum, t, is no larger than the k-th largest element, since k groups hold an element >= t; so
 // the top k are among the elements >= t, and those above t lie in fewer than k groups. One read of
 // the row leaves its group maxima and its sum of exponentials; a second look at the few blocks that
-// reach t finds the members.
+// reach t finds the members. Once k are found, a later panel has members above the lowest of these.
 
 inline int64_t count_at_least(const float* x, int64_t n, float t) {
   int64_t count = 0, i = 0;
@@ -57,10 +58,12 @@ inline void collect(const T* block, int64_t first_id, float t, Candidates& found
   }
 }
 
+/// Adds to `row` a panel of n columns, whose ids begin with `first`, and to the candidates its top
+/// k, of which the k best remain.
 template <class T, bool capped>
-void select_row(const T* x, int64_t n, const Selection& how, int64_t taken, SelectScratch& scratch,
-                int32_t* ids, float* log_probs, int32_t* count) {
-  const int64_t k = how.k, whole = n / block_size, blocks = (n + block_size - 1) / block_size;
+void select_panel(const T* x, int64_t n, int64_t first, int64_t k, RowSum<capped>& row,
+                  SelectScratch& scratch) {
+  const int64_t whole = n / block_size, blocks = (n + block_size - 1) / block_size;
   constexpr int width = Vec::width;
   float* groups = scratch.groups.data();
   float* supergroups =
@@ -68,7 +71,6 @@ void select_row(const T* x, int64_t n, const Selection& how, int64_t taken, Sele
   float rest[block_size];
   copy_block(x + whole * block_size, n - whole * block_size, rest);
 
-  RowSum<capped> row(how.scale);
   int64_t used = 0;
   Vec top = all(-INFINITY), highest_top = top;
   for (int64_t b = 0; b < blocks; ++b) {
@@ -83,16 +85,17 @@ void select_row(const T* x, int64_t n, const Selection& how, int64_t taken, Sele
       row.flush();
     }
   }
-  const float best = n ? highest(highest_top) : -INFINITY;
-  const double log_z = best == -INFINITY ? 0 : row.log();
-  if (best == -INFINITY || best == INFINITY || std::isnan(log_z)) {
-    return write_empty(k, ids, log_probs, count);
-  }
+  const float best = highest(highest_top);
+  if (best == INFINITY) row.spoil();
+  if (best == -INFINITY || row.has_nan()) return;
 
-  float t = -FLT_MAX;
-  if (used * width >= k) {
-    t = threshold(supergroups, used * width, k, best);
-    // the groups above it are fewer than k * block_vectors, and those that tie need no look
+  Candidates& found = scratch.found;
+  const bool full = found.count == k;
+  const float lowest = full ? found.lowest() : -FLT_MAX;
+  float t = lowest;
+  if (full || used * width >= k) {
+    if (!full) t = threshold(supergroups, used * width, k, best);
+    // by supergroups, those above it are fewer than k * block_vectors, and ties need no look
     scratch.shortlist.clear();
     for (int64_t g = 0; g < blocks * width; g += width) {
       for (unsigned hits = greater(load(groups + g), all(t)); hits; hits &= hits - 1) {
@@ -106,8 +109,7 @@ void select_row(const T* x, int64_t n, const Selection& how, int64_t taken, Sele
     t = threshold(groups, blocks * width, k, best);
   }
 
-  Candidates& found = scratch.found;
-  found.clear(k);
+  found.ties = full && t == lowest ? 0 : k;
   int32_t* hit_blocks = scratch.blocks.data();
   int64_t hit = 0;
   for (int64_t b = 0; b < blocks; ++b) {
@@ -118,13 +120,35 @@ void select_row(const T* x, int64_t n, const Selection& how, int64_t taken, Sele
     const int64_t b = hit_blocks[h];
     if (!found.ties && !greater(load(groups + b * width), all(t))) continue;
     if (b < whole) {
-      collect(x + b * block_size, b * block_size, t, found);
+      collect(x + b * block_size, first + b * block_size, t, found);
     } else {
-      collect(rest, b * block_size, t, found);
+      collect(rest, first + b * block_size, t, found);
     }
   }
-  if (found.count > k) found.keep(threshold(found.values.data(), found.count, k, best), k);
+  if (found.count > k) {
+    found.keep(threshold(found.values.data(), found.count, k, found.highest()), k);
+  }
+}
+
+/// The set of a row whose columns from `first` on are x. Before the last ones, its outputs hold the
+/// candidates in the order of ids, and `carry` the rest of what is known.
+template <class T, bool capped>
+void select_row(const T* x, int64_t n, int64_t first, bool last, const Selection& how,
+                int64_t taken, SelectScratch& scratch, Carry& carry, int32_t* ids, float* log_probs,
+                int32_t* count) {
+  RowSum<capped> row(how.scale);
+  Candidates& found = scratch.found;
+  found.load(log_probs, ids, first ? *count : 0);
+  if (first) row.resume(carry.reference, carry.total);
+  if (n) select_panel<T, capped>(x, n, first, how.k, row, scratch);
+  if (first <= taken && taken < first + n) carry.taken = to_float(x[taken - first]);
+  if (!last) {
+    std::tie(carry.reference, carry.total) = row.carry();
+    *count = int32_t(found.store(log_probs, ids));
+    return;
+  }
+  const double log_z = found.count ? row.log() : 0;
+  if (!found.count || std::isnan(log_z)) return write_empty(how.k, ids, log_probs, count);
   found.sort();
-  write_set(found, how, log_z, taken, taken >= 0 ? to_float(x[taken]) : 0.0f, ids, log_probs,
-            count);
+  write_set(found, how, log_z, taken, carry.taken, ids, log_probs, count);
 }

@@ -470,8 +470,8 @@ def linear_select_actions(
 ) -> ActionSet:
     """``select_actions(hidden @ weight.T + bias)`` without the ``[N, V]`` logits in memory.
 
-    One chunk of rows has logits at a time: 48 MiB of them on CPU (192 rows where V exceeds 65,536)
-    and 1 GiB on a GPU. Products accumulate in float32. No gradient.
+    One chunk has logits at a time: 48 MiB of them on CPU, few columns of up to 4,096 rows, and
+    1 GiB on a GPU, all columns of few rows. Products accumulate in float32. No gradient.
 
     Args:
         hidden: the teacher's last hidden states ``(..., H)``.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tdkd.errors import UserError
-from tdkd.kernels import backends
+from tdkd.kernels import backends, select_actions
 from tdkd.types import Scale
 
 LOGITS = (
@@ -260,8 +260,12 @@ def raw_ops(
     if triton is None:
         triton = device is not None and device.type == "cuda"
     some = x[0].bfloat16()
-    product = {"product_": (normal(4, 4), some, some.T, True)}
-    on_cpus = product if backends.MULTIPLIES_BFLOAT16 else {}
+    panel = (x[0, :, :20], 0, 40, 5, 0.9, *scale, ids[0, :, 0], state[0])
+    panels = select_actions.Panels(x[0], 40, 5)
+    on_cpus: dict[str, tuple[Any, ...]] = {}
+    on_cpus["select_panel_"] = (*panel, *panels.actions, normal(4, 2, dtype=torch.float64))
+    if backends.MULTIPLIES_BFLOAT16:
+        on_cpus["product_"] = normal(4, 4), some, some.T, True
     return {
         **(on_gpus if triton else on_cpus),
         "select_actions": (x, 5, 0.9, *scale, ids[..., 0], state),
@@ -291,6 +295,7 @@ def interpreted() -> Iterator[None]:
     library = torch.library.Library("tdkd", "IMPL")
     missing, backends.MISSING = backends.MISSING, None
     backends.HALF_HIDDEN.add("cpu")
+    backends.BY_PANELS.discard("cpu")
     try:
         for home, names in GPU_OPS.items():
             module = importlib.import_module(f"tdkd.kernels.{home}.triton")
@@ -300,6 +305,7 @@ def interpreted() -> Iterator[None]:
     finally:
         backends.MISSING = missing
         backends.HALF_HIDDEN.discard("cpu")
+        backends.BY_PANELS.add("cpu")
         library._destroy()
 
 

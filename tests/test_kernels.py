@@ -81,6 +81,70 @@ def test_sets_equal_the_reference_bit_for_bit(isa, vocab, dtype):
                 assert (error <= allowed.expand_as(wanted)[finite]).all(), (k, top_p, scale)
 
 
+def by_panels(logits, width, k, top_p, scale, include, state=None):
+    panels = select_actions.Panels(logits, logits.shape[1], k)
+    for first in range(0, logits.shape[1], width):
+        panels.add(logits[:, first : first + width], first, top_p, scale, include, state)
+    return panels.actions
+
+
+def same_sets(got, expected):
+    assert torch.equal(got.ids, expected.ids)
+    assert torch.equal(got.count, expected.count)
+    torch.testing.assert_close(got.log_probs, expected.log_probs, rtol=4e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 17, 257, 1000, 4100])
+@pytest.mark.parametrize("width", [1, 7, 256, 300, 4097])
+def test_sets_do_not_depend_on_panels(isa, vocab, width, dtype):
+    if vocab // width > 1100:
+        pytest.skip("thousands of panels")
+    logits = hard_rows(vocab, dtype)
+    generator = torch.Generator().manual_seed(1)
+    taken = torch.randint(-1, vocab, logits.shape[:1], generator=generator)
+    state = torch.rand(logits.shape[0], generator=generator) < 0.8
+    for k in (1, 2, 64, 300):
+        for scale in SCALES:
+            for options in ((1.0, scale, taken), (0.9, scale, taken, state), (0.3, scale, None)):
+                got = by_panels(logits, width, k, *options)
+                same_sets(got, select_actions.select_actions(logits, k, *options))
+
+
+@pytest.mark.parametrize("width", [1000, 6144, 40_000])
+def test_panels_of_a_whole_vocabulary(isa, width):
+    """In order, in reverse order, tied across panels, and what is not finite in one of many."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 50_000, generator=generator) * 2.5
+    logits[1] = logits[1].sort().values
+    logits[2] = logits[2].sort(descending=True).values
+    logits[3] = logits[3].round()
+    logits[4] = 1.5
+    logits[5, 20_000:] = -INF
+    logits[6, :49_990] = -INF
+    logits[7, 45_000] = torch.nan
+    logits[8, 3] = INF
+    for k in (1, 64, 1024):
+        for top_p in (1.0, 0.9):
+            for scale in (Scale(), Scale(softcap=5.0)):
+                options = k, top_p, scale, None
+                got = by_panels(logits, width, *options)
+                same_sets(got, select_actions.select_actions(logits, *options))
+                assert got.count[7:].eq(0).all()
+
+
+def test_panels_refuse_what_does_not_fit():
+    logits = torch.zeros(2, 8)
+    panels = select_actions.Panels(logits, 12, 3)
+    options = 1.0, Scale(), None, None
+    with pytest.raises(RuntimeError, match="first: expected columns 5 to 13 within 12"):
+        panels.add(logits, 5, *options)
+    with pytest.raises(RuntimeError, match="expected the contiguous outputs"):
+        panels.add(logits[:1], 0, *options)
+    with pytest.raises(RuntimeError, match="include: expected ids below 12, got 12"):
+        panels.add(logits, 0, 1.0, Scale(), torch.tensor([3, 12]), None)
+
+
 def test_logsumexp_to_two_millionths(isa):
     generator = torch.Generator().manual_seed(0)
     for vocab in (1000, 32_000, 151_936):

@@ -24,10 +24,11 @@ GPU_MAX_K = 1024
 """The largest sets of the GPU kernels."""
 HALF_HIDDEN = {"cuda"}
 """Devices whose kernels read hidden states in their dtype; elsewhere they are float32."""
+BY_PANELS = {"cpu"}
+"""Devices whose kernels select from rows that come a panel of columns at a time."""
 
-
-NEWEST = "multiplies_bfloat16"
-"""An operator that the extension has since it changed last."""
+SCHEMA_VERSION = 1
+"""Of the operators that the extension implements, as csrc/module.cpp has it."""
 
 
 def _load() -> str | None:
@@ -39,7 +40,8 @@ def _load() -> str | None:
     except ImportError as error:
         warnings.warn(f"tdkd: the CPU kernels do not load: {error}", stacklevel=2)
         return f"the CPU kernels do not load: {error}"
-    if not hasattr(torch.ops.tdkd, NEWEST):
+    version = getattr(torch.ops.tdkd, "schema_version", lambda: 0)
+    if version() != SCHEMA_VERSION:
         stale = "the CPU kernels are of an earlier version: build them again"
         warnings.warn(f"tdkd: {stale}", stacklevel=2)
         return stale

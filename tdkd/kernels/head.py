@@ -25,6 +25,9 @@ PANEL_COLUMNS = {"cpu": 2048, "cuda": 1 << 62}
 """Columns of logits that one product of float32 makes. The CPU's library is a fifth slower where a
 chunk has few rows and the head is whole, and not so where what it reads of that stays cached."""
 
+TILE_ROWS = 4096
+"""Most rows of a tile."""
+
 
 def chunk_rows(device: torch.device, columns: int) -> int:
     """Rows of one chunk of logits."""
@@ -34,6 +37,11 @@ def chunk_rows(device: torch.device, columns: int) -> int:
 def chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     """Slices over the rows of ``hidden``, at least one."""
     return runs(hidden.shape[0], chunk_rows(hidden.device, weight.shape[0]))
+
+
+def panels(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Slices over the columns, such that those of all rows of ``hidden`` are one chunk."""
+    return runs(weight.shape[0], max(1, CHUNK_ELEMENTS["cpu"] // max(1, hidden.shape[0])))
 
 
 def factor_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -71,19 +79,21 @@ class Head:
         self._room: Tensor | None = None
         self._narrow: Tensor | None = None
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
         """``hidden @ weight.T + bias`` of one chunk; it overwrites the chunk before."""
-        rows, hidden = hidden.shape[0], hidden.to(self.weight.dtype)
-        if self._room is None or self._room.shape[0] < rows:
-            self._room = hidden.new_empty((rows, self.weight.shape[0]), dtype=torch.float32)
-        room, width = self._room[:rows], self.weight.shape[0]
-        if hidden.dtype == torch.float32:
-            width = PANEL_COLUMNS[hidden.device.type]
-        for panel in runs(self.weight.shape[0], width):
-            columns = room[:, panel]
-            if self.bias is not None:
-                columns.copy_(self.bias[panel])
-            product_(columns, hidden, self.weight[panel].T, add=self.bias is not None)
+        weight, hidden = self.weight[columns], hidden.to(self.weight.dtype)
+        bias = None if self.bias is None else self.bias[columns]
+        shape = hidden.shape[0], weight.shape[0]
+        size = shape[0] * shape[1]
+        if self._room is None or self._room.numel() < size:
+            self._room = hidden.new_empty(size, dtype=torch.float32)
+        room = self._room[:size].view(shape)
+        width = PANEL_COLUMNS[hidden.device.type] if hidden.dtype == torch.float32 else shape[1]
+        for panel in runs(shape[1], width):
+            out = room[:, panel]
+            if bias is not None:
+                out.copy_(bias[panel])
+            product_(out, hidden, weight[panel].T, add=bias is not None)
         return room
 
     def narrow(self, grad: Tensor) -> Tensor:

@@ -8,9 +8,14 @@ from torch import Tensor
 from tdkd.kernels.backends import LIBRARY, fake, on_gpu
 from tdkd.types import ActionSet, Scale
 
+_OPTIONS = (
+    "int k, float top_p, float temperature, float? softcap, float logit_scale, "
+    "Tensor? include, Tensor? state"
+)
+LIBRARY.define(f"select_actions(Tensor logits, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(
-    "select_actions(Tensor logits, int k, float top_p, float temperature, float? softcap, "
-    "float logit_scale, Tensor? include, Tensor? state) -> (Tensor, Tensor, Tensor)"
+    f"select_panel_(Tensor logits, int first, int columns, {_OPTIONS}, Tensor(a!) ids, "
+    "Tensor(b!) log_probs, Tensor(c!) count, Tensor(d!) carry) -> ()"
 )
 
 
@@ -33,6 +38,7 @@ def _fake(
 
 
 fake("select_actions", _fake)
+fake("select_panel_", lambda *arguments: None)
 on_gpu(__name__, "select_actions")
 
 
@@ -48,3 +54,42 @@ def select_actions(
     return ActionSet(
         *torch.ops.tdkd.select_actions(logits.detach(), k, top_p, *scale, include, state)
     )
+
+
+class Panels:
+    """The selection from rows whose logits come a panel of columns at a time, on CPU."""
+
+    def __init__(self, like: Tensor, columns: int, k: int) -> None:
+        """``like``: a tensor ``[N, ...]``, for as many rows of ``columns`` logits."""
+        rows = like.shape[0]
+        self.columns = columns
+        self.actions = ActionSet(
+            like.new_empty((rows, k), dtype=torch.int32),
+            like.new_empty((rows, k), dtype=torch.float32),
+            like.new_empty(rows, dtype=torch.int32),
+        )
+        self._carry = like.new_empty((rows, 2), dtype=torch.float64)
+
+    def add(
+        self,
+        logits: Tensor,
+        first: int,
+        top_p: float,
+        scale: Scale,
+        include: Tensor | None,
+        state: Tensor | None,
+    ) -> None:
+        """Takes the columns from ``first`` on; they come in order, and ``actions`` hold the sets
+        once all have come."""
+        torch.ops.tdkd.select_panel_(
+            logits,
+            first,
+            self.columns,
+            self.actions.ids.shape[-1],
+            top_p,
+            *scale,
+            include,
+            state,
+            *self.actions,
+            self._carry,
+        )
