@@ -23,7 +23,7 @@ from torch.library import opcheck
 from tdkd import ops
 from tdkd.errors import UserError
 from tdkd.kernels import backends, routes
-from tdkd.kernels.head import CHUNK_ELEMENTS
+from tdkd.kernels import head as products
 from tdkd.objectives import ForwardKL, IQLearn, Objective
 from tdkd.testing import LOGITS, SCALES, make_logits, peak_bytes, raw_ops
 
@@ -512,7 +512,8 @@ def _chunks_of(elements: int | None, device: str) -> Iterator[None]:
     """Small chunks, whose rows any number of links may leave."""
     kind = torch.device(device).type
     with (
-        mock.patch.dict(CHUNK_ELEMENTS, {kind: elements or CHUNK_ELEMENTS[kind]}),
+        mock.patch.dict(products.CHUNK_ELEMENTS, {kind: elements or products.CHUNK_ELEMENTS[kind]}),
+        mock.patch.object(products, "TILE_ROWS", 3 if elements else products.TILE_ROWS),
         mock.patch.object(routes, "MOST_LINKS", 1.0 if elements else routes.MOST_LINKS),
     ):
         yield
@@ -662,7 +663,7 @@ def _from_logits(device: torch.device) -> dict[str, Promise]:
 def _from_heads(device: torch.device) -> dict[str, Promise]:
     """One chunk of logits of the four that there are, and the gradients."""
     vocab, width, k = 16_384, 32, 64
-    rows = 4 * CHUNK_ELEMENTS[device.type] // vocab
+    rows = 4 * products.CHUNK_ELEMENTS[device.type] // vocab
     generator = torch.Generator(device).manual_seed(0)
     hidden, weight = (
         torch.randn(n, width, generator=generator, device=device).requires_grad_()
@@ -672,7 +673,7 @@ def _from_heads(device: torch.device) -> dict[str, Promise]:
     ids = (tokens[:, None] + torch.arange(k, device=device)) % vocab
     count = torch.full_like(tokens, k, dtype=torch.int32)
     actions = ops.ActionSet(ids.int(), torch.full(ids.shape, -5.0, device=device), count)
-    chunk = 4 * CHUNK_ELEMENTS[device.type]
+    chunk = 4 * products.CHUNK_ELEMENTS[device.type]
     # added up in float32, then given; and sorted slots, weights, log-probabilities of [N, k]
     rest = 2 * (hidden.nbytes + weight.nbytes) + 64 * ids.numel()
 

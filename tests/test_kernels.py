@@ -83,8 +83,11 @@ def test_sets_equal_the_reference_bit_for_bit(isa, vocab, dtype):
 
 def by_panels(logits, width, k, top_p, scale, include, state=None):
     panels = select_actions.Panels(logits, logits.shape[1], k)
+    half = slice(0, logits.shape[0] // 2), slice(logits.shape[0] // 2, logits.shape[0])
     for first in range(0, logits.shape[1], width):
-        panels.add(logits[:, first : first + width], first, top_p, scale, include, state)
+        for rows in half:
+            panel = logits[rows, first : first + width]
+            panels.add(panel, rows, first, top_p, scale, include, state)
     return panels.actions
 
 
@@ -136,13 +139,13 @@ def test_panels_of_a_whole_vocabulary(isa, width):
 def test_panels_refuse_what_does_not_fit():
     logits = torch.zeros(2, 8)
     panels = select_actions.Panels(logits, 12, 3)
-    options = 1.0, Scale(), None, None
+    both, options = slice(0, 2), (1.0, Scale())
     with pytest.raises(RuntimeError, match="first: expected columns 5 to 13 within 12"):
-        panels.add(logits, 5, *options)
+        panels.add(logits, both, 5, *options, None, None)
     with pytest.raises(RuntimeError, match="expected the contiguous outputs"):
-        panels.add(logits[:1], 0, *options)
+        panels.add(logits[:1], both, 0, *options, None, None)
     with pytest.raises(RuntimeError, match="include: expected ids below 12, got 12"):
-        panels.add(logits, 0, 1.0, Scale(), torch.tensor([3, 12]), None)
+        panels.add(logits, both, 0, *options, torch.tensor([3, 12]), None)
 
 
 def test_logsumexp_to_two_millionths(isa):

@@ -1,6 +1,7 @@
 """linear_td_loss on its routes: gradients in forward, the batch vocabulary, the choice."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -42,13 +43,14 @@ def four_rows_a_chunk(monkeypatch):
 
 @pytest.fixture
 def products(monkeypatch):
-    """How many rows of logits were made."""
+    """How many rows of logits were made; a part of one, where they are not of all columns."""
     made = []
     logits = head.Head.logits
 
-    def counted(self, hidden):
-        made.append(hidden.shape[0])
-        return logits(self, hidden)
+    def counted(self, hidden, *columns):
+        out = logits(self, hidden, *columns)
+        made.append(Fraction(out.numel(), self.weight.shape[0]))
+        return out
 
     monkeypatch.setattr(head.Head, "logits", counted)
     return made
@@ -164,7 +166,8 @@ def test_chunks_of_a_wide_head_keep_their_rows(monkeypatch, products):
     out = loss(leaves, tokens, actions, **options)
     # times 1, where nothing is left to do, and times 3
     grads = [torch.autograd.grad(n * out.loss, leaves, retain_graph=n == 1) for n in (1, 3)]
-    assert products == [20, 3, *[20, 3]]
+    assert products[:2] == [20, 3]
+    assert sum(products[2:]) == ROWS
     _, expected = exact_in_float64(leaves, tokens, actions, lambda o: o.loss, **options)
     agree(grads[0], expected)
     agree(grads[1], [3 * x for x in expected])
@@ -577,6 +580,40 @@ def test_torch_compile_without_a_graph_break(options):
         result = function(*leaves)
         results.append((result.detach(), *torch.autograd.grad(result, leaves)))
     agree(results[1], results[0])
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BRAIN])
+@pytest.mark.parametrize("tile_rows", [1, 7, ROWS, 4096])
+def test_tiles_give_what_whole_rows_do(monkeypatch, products, tile_rows, dtype):
+    """Rows and columns in several runs, of ids in some of these, in all, and in none."""
+    leaves, tokens, actions = make(dtype=dtype)
+    hidden, weight, bias = leaves
+    teacher = hidden.detach(), weight.detach()
+
+    def outputs():
+        given = ops.linear_log_probs(hidden, weight, actions.ids, bias=bias)
+        z = ops.linear_logsumexp(hidden, weight, bias=bias, softcap=5.0)
+        q = ops.linear_gather_q(hidden, weight, actions.ids, bias=bias)
+        loss = torch.where(actions.valid, given.log_probs, 0.0).sum() + given.log_tail.sum()
+        loss = loss + (z * z).sum() + torch.where(actions.valid, q, 0.0).sin().sum()
+        sets = ops.linear_select_actions(*teacher, 9, 0.9, include=tokens, bias=bias.detach())
+        return sets, (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+    results = []
+    with routes.forced("products"):
+        for elements in (4 * VOCAB, 1 << 20):
+            monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", elements)
+            monkeypatch.setattr(head, "TILE_ROWS", tile_rows if elements < 1000 else 4096)
+            del products[:]
+            results.append(outputs())
+            assert max(products) == ROWS if elements > 1000 else max(products) <= 4
+    (sets, numbers_), (whole, expected) = results
+    assert torch.equal(sets.ids, whole.ids)
+    assert torch.equal(sets.count, whole.count)
+    torch.testing.assert_close(sets.log_probs, whole.log_probs, rtol=1e-5, atol=1e-5)
+    for got, wanted in zip(numbers_, expected, strict=True):
+        unit = torch.finfo(dtype).eps
+        assert (got - wanted).abs().max() <= 8 * unit * wanted.abs().max()
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -39,9 +39,29 @@ def chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     return runs(hidden.shape[0], chunk_rows(hidden.device, weight.shape[0]))
 
 
-def panels(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Slices over the columns, such that those of all rows of ``hidden`` are one chunk."""
-    return runs(weight.shape[0], max(1, CHUNK_ELEMENTS["cpu"] // max(1, hidden.shape[0])))
+def tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices over rows and columns of the logits, for what needs no row of them at once.
+
+    On CPUs few columns of many rows: the library lays a head's columns out anew for each product,
+    and so does so once. Elsewhere chunks of whole rows. Rows and columns ascend, rows faster.
+    """
+    rows, columns = hidden.shape[0], weight.shape[0]
+    if hidden.device.type in backends.BY_PANELS:
+        height = max(1, min(rows, TILE_ROWS))
+        panels = -(-columns // max(1, CHUNK_ELEMENTS[hidden.device.type] // height))
+        width = -(-columns // panels)
+    else:
+        height, width = chunk_rows(hidden.device, columns), columns
+    for panel in runs(columns, width):
+        for some in runs(rows, height):
+            yield some, panel
+
+
+def within(ids: Tensor, columns: slice, size: int) -> Tensor:
+    """Where ids stand in a slice of ``size`` columns; -1 where they do not."""
+    if columns.stop - columns.start == size:
+        return ids
+    return torch.where((ids >= columns.start) & (ids < columns.stop), ids - columns.start, -1)
 
 
 def factor_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -101,9 +121,9 @@ class Head:
         before."""
         if grad.dtype == self.weight.dtype:
             return grad
-        if self._narrow is None or self._narrow.shape[0] < grad.shape[0]:
-            self._narrow = torch.empty_like(grad, dtype=self.weight.dtype)
-        return self._narrow[: grad.shape[0]].copy_(grad)
+        if self._narrow is None or self._narrow.numel() < grad.numel():
+            self._narrow = grad.new_empty(grad.numel(), dtype=self.weight.dtype)
+        return self._narrow[: grad.numel()].view(grad.shape).copy_(grad)
 
 
 def product_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
@@ -129,16 +149,27 @@ def product_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
 
 
 class Gradients:
-    """Gradients of hidden states and head, added up in float32 from those of chunks of logits."""
+    """Gradients of hidden states and head, added up in float32 from those of tiles of logits, which
+    come in order."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        wanted: tuple[bool, ...],
+        *,
+        scaled_later: bool = False,
     ) -> None:
-        """``wanted``: whether hidden, weight and bias need one; the others stay None."""
+        """``wanted``: whether hidden, weight and bias need one; the others stay None.
+
+        The head's is rounded to its dtype panel by panel, unless a factor is to come.
+        """
         self.hidden = hidden.new_empty(hidden.shape, dtype=torch.float32) if wanted[0] else None
-        self.weight = weight.new_empty(weight.shape, dtype=torch.float32) if wanted[1] else None
+        dtype = torch.float32 if scaled_later else weight.dtype
+        self.weight = weight.new_empty(weight.shape, dtype=dtype) if wanted[1] else None
+        self._total: Tensor
         self.bias = None
-        self._begun = False
         if bias is not None and wanted[2]:
             self.bias = torch.zeros_like(bias, dtype=torch.float32)
 
@@ -147,16 +178,28 @@ class Gradients:
         products, but a bias sums it as it is."""
         return head.weight.dtype if self.bias is None else torch.float32
 
-    def add(self, grad: Tensor, rows: slice, hidden: Tensor, head: Head) -> None:
-        """Adds the part of ``rows``, whose logits have the gradient ``grad``."""
+    def add(
+        self,
+        grad: Tensor,
+        hidden: Tensor,
+        head: Head,
+        rows: slice,
+        columns: slice = slice(0, None),
+    ) -> None:
+        """Adds the part of a tile, whose logits have the gradient ``grad``."""
         if self.bias is not None:
-            self.bias += grad.sum(0)
+            self.bias[columns] += grad.sum(0)
         grad = head.narrow(grad)
         if self.hidden is not None:
-            product_(self.hidden[rows], grad, head.weight)
+            product_(self.hidden[rows], grad, head.weight[columns], add=columns.start > 0)
         if self.weight is not None:
-            product_(self.weight, grad.T, hidden[rows].to(grad.dtype), add=self._begun)
-        self._begun = True
+            if rows.start == 0:
+                out = self.weight[columns]
+                float32 = out.dtype == torch.float32
+                self._total = out if float32 else torch.empty_like(out, dtype=torch.float32)
+            product_(self._total, grad.T, hidden[rows].to(grad.dtype), add=rows.start > 0)
+            if rows.stop == hidden.shape[0] and self._total.dtype != self.weight.dtype:
+                self.weight[columns] = self._total
 
     def result(self, *leaves: Tensor | None, factor: Tensor | None = None) -> list[Tensor | None]:
         """Of the leaves hidden, weight and bias, in their dtypes; times a factor, once."""

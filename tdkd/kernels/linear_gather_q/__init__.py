@@ -81,13 +81,12 @@ class _DenseProducts(torch.autograd.Function):
         hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, factors: torch.dtype
     ) -> Tensor:
         wide = head.Head(weight, bias, factors)
-        picked = ids.long().clamp(min=0)
-        return torch.cat(
-            [
-                wide.logits(hidden[rows]).gather(-1, picked[rows])
-                for rows in head.chunks(hidden, weight)
-            ]
-        )
+        products = hidden.new_zeros(ids.shape, dtype=torch.float32)
+        for rows, columns in head.tiles(hidden, weight):
+            place = head.within(ids[rows], columns, weight.shape[0]).long()
+            found = wide.logits(hidden[rows], columns).gather(-1, place.clamp(min=0))
+            products[rows] = torch.where(place < 0, products[rows], found)
+        return products
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -100,11 +99,12 @@ class _DenseProducts(torch.autograd.Function):
         hidden, weight, bias, ids = ctx.saved_tensors
         wide = head.Head(weight, bias, ctx.factors)
         grads = head.Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
-        picked = ids.long().clamp(min=0)
-        grad = torch.where(ids < 0, 0.0, grad)
-        for rows in head.chunks(hidden, weight):
-            zeros = grad.new_zeros(grad[rows].shape[0], weight.shape[0])
-            grads.add(zeros.scatter_add_(-1, picked[rows], grad[rows]), rows, hidden, wide)
+        for rows, columns in head.tiles(hidden, weight):
+            place = head.within(ids[rows], columns, weight.shape[0]).long()
+            zeros = grad.new_zeros(place.shape[0], columns.stop - columns.start)
+            some = torch.where(place < 0, 0.0, grad[rows])
+            zeros.scatter_add_(-1, place.clamp(min=0), some)
+            grads.add(zeros, hidden, wide, rows, columns)
             del zeros  # before the next ones are made
         return *grads.result(hidden, weight, bias), None, None
 

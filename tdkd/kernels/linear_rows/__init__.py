@@ -1,7 +1,7 @@
-"""linear_rows on the kernels: products of chunks of rows with a head, reduced by ``student_rows``.
+"""linear_rows on the kernels: tiles of the products with a head, reduced by ``student_rows``.
 
-Backward makes the logits of a chunk again, turns them into their gradient in one pass, and
-multiplies twice. Head gradients add up in float32 over the chunks. A head that learns nothing needs
+Backward makes the logits of a tile again, turns them into their gradient in one pass, and
+multiplies twice. Gradients add up in float32 over the tiles. A head that learns nothing needs
 its logits once: what the mass outside a set gives back to a hidden state is one mean of the head's
 rows, whatever the loss is, and is made in forward; the set gives back its k rows.
 """
@@ -64,10 +64,7 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         """``others``: as :func:`rows_of` has them."""
-        mean = head.Gradients(hidden, weight, None, (True, False, False))
-        z, log_rest = rows_of(hidden, weight, *others, mean=mean)
-        assert mean.hidden is not None
-        return z, log_rest, mean.hidden
+        return rows_and_mean(hidden, weight, *others)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -106,34 +103,58 @@ def rows_of(
     scale: Scale,
     log_weight: Tensor | None,
     factors: torch.dtype,
-    *,
-    mean: head.Gradients | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``z`` float32 ``[N, k]`` and ``log_rest`` float64 ``[N]``, without a graph.
-
-    ``mean`` adds up the gradient of ``log_rest`` beside them.
-    """
+    """``z`` float32 ``[N, k]`` and ``log_rest`` float64 ``[N]``, without a graph."""
     wide = head.Head(weight, bias, factors)
+    z = hidden.new_empty(ids.shape, dtype=torch.float32)
+    log_rest = hidden.new_empty(ids.shape[:1], dtype=torch.float64)
+    for rows, columns in head.tiles(hidden, weight):
+        of_set, of_rest = torch.ops.tdkd.student_rows(
+            wide.logits(hidden[rows], columns),
+            head.within(ids[rows], columns, weight.shape[0]),
+            *scale,
+            None if log_weight is None else log_weight[columns],
+            None,
+        )
+        if columns.start:
+            of_set = torch.maximum(of_set, z[rows])
+            of_rest = torch.logaddexp(of_rest, log_rest[rows])
+        z[rows], log_rest[rows] = of_set, of_rest
+    return z, log_rest
+
+
+def rows_and_mean(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    scale: Scale,
+    log_weight: Tensor | None,
+    factors: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and the gradient of ``log_rest`` by hidden states, float32 ``[N, H]``."""
+    wide = head.Head(weight, bias, factors)
+    mean = head.Gradients(hidden, weight, None, (True, False, False))
     parts = []
     for rows in head.chunks(hidden, weight):
         logits, some = wide.logits(hidden[rows]), ids[rows]
         z, log_rest = torch.ops.tdkd.student_rows(logits, some, *scale, log_weight, None)
         parts.append((z, log_rest))
-        if mean is not None:
-            grad = gradient_of_logits(
-                torch.zeros_like(z),
-                torch.ones_like(log_rest),
-                logits,
-                some,
-                log_rest,
-                scale,
-                log_weight,
-                mean.takes(wide),
-            )
-            mean.add(grad, rows, hidden, wide)
-            del grad  # before the next one is made
+        grad = gradient_of_logits(
+            torch.zeros_like(z),
+            torch.ones_like(log_rest),
+            logits,
+            some,
+            log_rest,
+            scale,
+            log_weight,
+            mean.takes(wide),
+        )
+        mean.add(grad, hidden, wide, rows)
+        del grad  # before the next one is made
     z, log_rest = (torch.cat(column) for column in zip(*parts, strict=True))
-    return z, log_rest
+    assert mean.hidden is not None
+    return z, log_rest, mean.hidden
 
 
 def rows_backward(
@@ -152,19 +173,18 @@ def rows_backward(
     """Gradients of hidden, weight and bias, where wanted, from logits that are made again."""
     wide = head.Head(weight, bias, factors)
     grads = head.Gradients(hidden, weight, bias, wanted)
-    for rows in head.chunks(hidden, weight):
-        logits = wide.logits(hidden[rows])
+    for rows, columns in head.tiles(hidden, weight):
         grad = gradient_of_logits(
             grad_z[rows],
             grad_rest[rows],
-            logits,
-            ids[rows],
+            wide.logits(hidden[rows], columns),
+            head.within(ids[rows], columns, weight.shape[0]),
             log_rest[rows],
             scale,
-            log_weight,
+            None if log_weight is None else log_weight[columns],
             grads.takes(wide),
         )
-        grads.add(grad, rows, hidden, wide)
+        grads.add(grad, hidden, wide, rows, columns)
         del grad  # before the next one is made
     return grads
 

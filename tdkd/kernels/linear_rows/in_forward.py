@@ -57,7 +57,8 @@ class _Loss(torch.autograd.Function):
         factors: torch.dtype,
     ) -> tuple[Tensor | None, ...]:
         wide = head.Head(weight, bias, factors)
-        grads = head.Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+        wanted = ctx.needs_input_grad[:3]
+        grads = head.Gradients(hidden, weight, bias, wanted, scaled_later=True)
         count, step = hidden.shape[0], head.chunk_rows(hidden.device, weight.shape[0])
         z = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
         rest = torch.empty(count, dtype=torch.float64, device=hidden.device)
@@ -98,7 +99,7 @@ class _Loss(torch.autograd.Function):
                 log_weight,
                 grads.takes(wide),
             )
-            grads.add(grad, chunk, hidden, wide)
+            grads.add(grad, hidden, wide, chunk)
             del grad  # before the next one is made
         terms = _joined(made)
         if fused or len(made) > 1:

@@ -62,34 +62,34 @@ class Panels:
     def __init__(self, like: Tensor, columns: int, k: int) -> None:
         """``like``: a tensor ``[N, ...]``, for as many rows of ``columns`` logits."""
         rows = like.shape[0]
-        self.columns = columns
+        self._columns = columns
+        self._carry = like.new_empty((rows, 2), dtype=torch.float64)
         self.actions = ActionSet(
             like.new_empty((rows, k), dtype=torch.int32),
             like.new_empty((rows, k), dtype=torch.float32),
             like.new_empty(rows, dtype=torch.int32),
         )
-        self._carry = like.new_empty((rows, 2), dtype=torch.float64)
+        """The sets, once all columns have come."""
 
     def add(
         self,
         logits: Tensor,
+        rows: slice,
         first: int,
         top_p: float,
         scale: Scale,
         include: Tensor | None,
         state: Tensor | None,
     ) -> None:
-        """Takes the columns from ``first`` on; they come in order, and ``actions`` hold the sets
-        once all have come."""
+        """Takes the columns from ``first`` on of some rows, whose columns come in order."""
         torch.ops.tdkd.select_panel_(
             logits,
             first,
-            self.columns,
+            self._columns,
             self.actions.ids.shape[-1],
             top_p,
             *scale,
-            include,
-            state,
-            *self.actions,
-            self._carry,
+            None if include is None else include[rows],
+            None if state is None else state[rows],
+            *[x[rows] for x in (*self.actions, self._carry)],
         )
