@@ -1,4 +1,4 @@
-"""Products of hidden states with a head, a chunk of rows at a time, for the fused linear ops."""
+"""Products of hidden states with a head, a part of them at a time, for the fused linear ops."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PANEL_COLUMNS = {"cpu": 2048, "cuda": 1 << 62}
 chunk has few rows and the head is whole, and not so where what it reads of that stays cached."""
 
 TILE_ROWS = 4096
-"""Most rows of a tile."""
+"""Rows of a tile of few columns, which has as many elements as a chunk; fewer where there are."""
 
 
 def chunk_rows(device: torch.device, columns: int) -> int:

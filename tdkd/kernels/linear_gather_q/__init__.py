@@ -2,7 +2,7 @@
 
 The kernel makes the products of hidden states with k head rows each; what a head does to its
 products (softcap, temperature) is arithmetic on ``[N, k]`` and stays in PyTorch. Where k is large
-against V, products with the whole head, a chunk of rows at a time, are the faster way.
+against V, products with the whole head, a chunk at a time, are the faster way.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _HeadProducts(torch.autograd.Function):
 
 
 class _DenseProducts(torch.autograd.Function):
-    """The same from all products of a chunk of rows; backward has no need of them."""
+    """The same from all products, a tile at a time; backward has no need of them."""
 
     @staticmethod
     def forward(
