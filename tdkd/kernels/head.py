@@ -168,7 +168,7 @@ class Gradients:
         self.hidden = hidden.new_empty(hidden.shape, dtype=torch.float32) if wanted[0] else None
         dtype = torch.float32 if scaled_later else weight.dtype
         self.weight = weight.new_empty(weight.shape, dtype=dtype) if wanted[1] else None
-        self._total: Tensor
+        self._total: Tensor | None = None  # of the columns whose rows come
         self.bias = None
         if bias is not None and wanted[2]:
             self.bias = torch.zeros_like(bias, dtype=torch.float32)
@@ -193,13 +193,15 @@ class Gradients:
         if self.hidden is not None:
             product_(self.hidden[rows], grad, head.weight[columns], add=columns.start > 0)
         if self.weight is not None:
-            if rows.start == 0:
-                out = self.weight[columns]
-                float32 = out.dtype == torch.float32
-                self._total = out if float32 else torch.empty_like(out, dtype=torch.float32)
-            product_(self._total, grad.T, hidden[rows].to(grad.dtype), add=rows.start > 0)
-            if rows.stop == hidden.shape[0] and self._total.dtype != self.weight.dtype:
-                self.weight[columns] = self._total
+            out, total = self.weight[columns], self._total
+            if total is None:  # the first rows of these columns
+                total = out if out.dtype == torch.float32 else out.float()
+            product_(total, grad.T, hidden[rows].to(grad.dtype), add=rows.start > 0)
+            self._total = total
+            if rows.stop == hidden.shape[0]:
+                if total.dtype != out.dtype:
+                    out.copy_(total)
+                self._total = None
 
     def result(self, *leaves: Tensor | None, factor: Tensor | None = None) -> list[Tensor | None]:
         """Of the leaves hidden, weight and bias, in their dtypes; times a factor, once."""
