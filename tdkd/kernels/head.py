@@ -195,7 +195,8 @@ class Gradients:
         if self.weight is not None:
             out, total = self.weight[columns], self._total
             if total is None:  # the first rows of these columns
-                total = out if out.dtype == torch.float32 else out.float()
+                narrow = out.dtype != torch.float32
+                total = torch.empty_like(out, dtype=torch.float32) if narrow else out
             product_(total, grad.T, hidden[rows].to(grad.dtype), add=rows.start > 0)
             self._total = total
             if rows.stop == hidden.shape[0]:
