@@ -582,6 +582,13 @@ def test_torch_compile_without_a_graph_break(options):
     agree(results[1], results[0])
 
 
+@pytest.mark.parametrize("rows,columns", [(0, 5), (5, 0), (0, 0)])
+def test_tiles_of_nothing(rows, columns):
+    given = list(head.tiles(torch.empty(rows, 2), torch.empty(columns, 2)))
+    assert given[0] == (slice(0, min(rows, 4096)), slice(0, columns))
+    assert len(given) == 1
+
+
 @pytest.mark.parametrize("dtype", [FLOAT32, BRAIN])
 @pytest.mark.parametrize("tile_rows", [1, 7, ROWS, 4096])
 def test_tiles_give_what_whole_rows_do(monkeypatch, products, tile_rows, dtype):

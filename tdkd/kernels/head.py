@@ -49,10 +49,10 @@ def tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
     if hidden.device.type in backends.BY_PANELS:
         height = max(1, min(rows, TILE_ROWS))
         panels = -(-columns // max(1, CHUNK_ELEMENTS[hidden.device.type] // height))
-        width = -(-columns // panels)
+        width = -(-columns // max(1, panels))
     else:
         height, width = chunk_rows(hidden.device, columns), columns
-    for panel in runs(columns, width):
+    for panel in runs(columns, max(1, width)):
         for some in runs(rows, height):
             yield some, panel
 
