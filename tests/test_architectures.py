@@ -1,10 +1,10 @@
 """A step of TDTrainer against the same step from the models' own logits, family by family.
 
 Error budget, for each parameter tensor after one step, in the maximum norm:
-``|fused - float64| <= |dense - float64| + 8 ulp``, where "float64" is the dense step on float64
-copies, "dense" the same in float32, and an ulp that of the tensor's largest entry. The learning
-rate makes the step about as large as the parameters, so that an error in the gradient is not lost
-in theirs.
+``|fused - float64| <= |dense - float64| + ULPS``, where "float64" is the dense step on float64
+copies, "dense" the same in the models' dtype, and an ulp that of the tensor's largest entry. The
+learning rate makes the step about as large as the parameters, so that an error in the gradient is
+not lost in theirs.
 """
 
 import copy
@@ -50,6 +50,7 @@ FAMILIES = {
     "phi": ("PhiConfig", {**WIDE, "num_key_value_heads": 2, "partial_rotary_factor": 0.5}),
 }
 RATE = 1.0
+ULPS = {torch.float32: 8, torch.bfloat16: 2}
 
 
 def built(family, *, layers, seed, **options):
@@ -122,25 +123,28 @@ def dense_step(run, student, teacher, batch, dtype):
 
 def assert_within_budget(run, before, teacher, batch):
     """Every parameter of the run against the dense step from ``before``; names what moved."""
-    exact = dense_step(run, before, teacher, batch, torch.float64)
-    dense = dense_step(run, before, teacher, batch, torch.float32)
     start = dict(before.named_parameters())
+    (dtype,) = {parameter.dtype for parameter in start.values()}
+    exact = dense_step(run, before, teacher, batch, torch.float64)
+    dense = dense_step(run, before, teacher, batch, dtype)
     moved = set()
     for name, got in run.model.named_parameters():
-        got, wanted = got.detach().double(), exact[name].detach()
+        assert got.dtype == dtype
+        wanted = exact[name].detach()
         budget = (dense[name].detach() - wanted).abs().max()
-        budget += 8 * torch.finfo(torch.float32).eps * wanted.abs().max()
-        worst = (got - wanted).abs().max()
+        budget += ULPS[dtype] * torch.finfo(dtype).eps * wanted.abs().max()
+        worst = (got.detach() - wanted).abs().max()
         assert worst <= budget, (name, worst.item(), budget.item())
-        if not torch.equal(got.float(), start[name].detach()):
+        if not torch.equal(got.detach(), start[name].detach()):
             moved.add(name)
     return moved
 
 
+@pytest.mark.parametrize("dtype", ULPS)
 @pytest.mark.parametrize("normaliser", ["exact", "batch", "sampled"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_is_the_dense_step(tmp_path, tiny_student, family, normaliser):
-    student, teacher = pair(family)
+def test_a_step_is_the_dense_step(tmp_path, tiny_student, family, normaliser, dtype):
+    student, teacher = (model.to(dtype) for model in pair(family))
     untouched = copy.deepcopy(teacher)
     # every column is sampled, so that the estimate is exact; by the rule log Z would be so too
     forced = routes.forced("sampled") if normaliser == "sampled" else nullcontext()
