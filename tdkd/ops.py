@@ -409,8 +409,8 @@ def td_loss(
     _check.tokens("tokens", tokens, lead, student_logits)
     if check:
         _check.tokens_fit(tokens, student_logits.shape[-1], ignore_index)
-    elif _check.looked_at(tokens):
-        _check.ids_below("tokens", tokens, student_logits.shape[-1], ignore_index)
+    else:
+        _check.ids_below("tokens", tokens, student_logits.shape[-1], ignore_index, check=False)
     _check.selection(k, top_p)
     scale = _check.scale("", temperature, softcap, logit_scale)
     teacher_scale = _check.scale(
@@ -561,8 +561,7 @@ def linear_gather_q(
     weight, bias = _check.head("hidden", hidden, "weight", weight, "bias", bias, None)
     scale = _check.scale("", temperature, softcap, logit_scale)
     ids = _check.set_ids("ids", ids, hidden.shape[:-1], hidden)
-    if _check.looked_at(ids, check):
-        _check.ids_below("ids", ids, weight.shape[0])
+    _check.ids_below("ids", ids, weight.shape[0], check=check)
     rows = ids.shape[:-1].numel()
     flat = hidden.reshape(rows, hidden.shape[-1])
     gather = _head_rows_of(impl, flat, weight, ids.shape[-1])
@@ -673,8 +672,7 @@ def linear_log_probs(
     scale = _check.scale("", temperature, softcap, logit_scale)
     lead = hidden.shape[:-1]
     ids = _check.set_ids("ids", ids, lead, hidden)
-    if _check.looked_at(ids, check):
-        _check.ids_below("ids", ids, weight.shape[0])
+    _check.ids_below("ids", ids, weight.shape[0], check=check)
     k = ids.shape[-1]
     flat, ids_of = hidden.reshape(lead.numel(), hidden.shape[-1]), ids.reshape(lead.numel(), k)
     if vocabulary is not None:
@@ -687,7 +685,8 @@ def linear_log_probs(
     z, log_rest = linear_rows(flat, weight, bias, ids_of, scale, vocabulary)
     held = soft_value(torch.where(_check.repeated(ids_of), -torch.inf, z), impl=impl)
     log_z = torch.logaddexp(held, log_rest)
-    return LogProbs((z - log_z.unsqueeze(-1)).view(ids.shape), (log_rest - log_z).view(lead))
+    log_probs = torch.where(ids_of < 0, -torch.inf, z - log_z.unsqueeze(-1))
+    return LogProbs(log_probs.view(ids.shape), (log_rest - log_z).view(lead))
 
 
 def batch_vocabulary(
@@ -737,8 +736,7 @@ def batch_vocabulary(
         law = _checked_law(law, vocab_size)
         _check.same_device("law", law, actions.ids)
     _check.generator(generator)
-    if _check.looked_at(actions.ids):
-        _check.ids_below("actions", actions.ids, vocab_size)
+    _check.ids_below("actions", actions.ids, vocab_size, check=False)
     return _batch_vocabulary.batch_vocabulary(
         actions.ids,
         vocab_size,
@@ -962,8 +960,8 @@ def linear_td_loss(
     if check:
         _check.usable("student_hidden", student_hidden, state)
         _check.tokens_fit(tokens, weight.shape[0], ignore_index)
-    elif _check.looked_at(tokens):
-        _check.ids_below("tokens", tokens, weight.shape[0], ignore_index)
+    else:
+        _check.ids_below("tokens", tokens, weight.shape[0], ignore_index, check=False)
 
     _check.one_teacher(teacher_hidden, teacher_weight, actions)
     live = actions is None
@@ -994,10 +992,10 @@ def linear_td_loss(
     flat = student_hidden if _all_states(state) else torch.where(here, student_hidden, 0.0)
     flat = flat.reshape(tokens.numel(), student_hidden.shape[-1])
     used = actions._replace(ids=torch.where(here, actions.ids, -1))
-    if not live and _check.looked_at(used.ids, check):
-        _check.ids_below("actions", used.ids, weight.shape[0])
-    if not live and check:
-        _check.distinct("actions", used.ids)
+    if not live:
+        _check.ids_below("actions", used.ids, weight.shape[0], check=check)
+        if check:
+            _check.distinct("actions", used.ids)
     objective = as_objective(IQLearn() if objective is None else objective)
     rows = _td_rows(
         used,

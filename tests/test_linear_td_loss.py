@@ -549,6 +549,8 @@ def test_an_id_that_stands_twice_counts_once(impl, sampled):
     got = ops.linear_log_probs(torch.zeros(2, 4), torch.ones(10, 4), ids, impl=impl)
     torch.testing.assert_close(got.log_probs.exp(), torch.where(ids < 0, 0, torch.tensor(0.1)))
     torch.testing.assert_close(got.log_tail.exp(), torch.tensor([0.8, 0.7]))
+    nan = ops.linear_log_probs(torch.full((2, 4), math.nan), torch.ones(10, 4), ids, impl=impl)
+    assert torch.equal(nan.log_probs == -math.inf, ids < 0)
 
 
 def test_linear_log_probs_keeps_a_tail_that_is_nearly_nothing():
@@ -580,6 +582,35 @@ def test_torch_compile_without_a_graph_break(options):
         result = function(*leaves)
         results.append((result.detach(), *torch.autograd.grad(result, leaves)))
     agree(results[1], results[0])
+
+
+@pytest.mark.parametrize("tile_rows", [7, 4096])
+@pytest.mark.parametrize("op", ["linear_log_probs", "linear_gather_q", "linear_td_loss"])
+def test_a_compiled_graph_refuses_ids_of_no_column(monkeypatch, op, tile_rows):
+    """Of several tiles none holds such an id, and none of their kernels can tell."""
+    monkeypatch.setattr(head, "TILE_ROWS", tile_rows)
+    leaves, tokens, actions = make()
+    hidden, weight, _ = leaves
+
+    def called(ids):
+        if op == "linear_td_loss":
+            sets = actions._replace(ids=ids)
+            return loss(leaves, tokens, sets, objective=OBJECTIVES[0], reduction="none").loss
+        result = getattr(ops, op)(hidden, weight, ids)
+        return result if op == "linear_gather_q" else result.log_probs
+
+    wrong = actions.ids.clone()
+    wrong[9, -1] = VOCAB + 3
+    name = "actions" if op == "linear_td_loss" else "ids"
+    told = f"^{name}: expected ids below the vocabulary's size {VOCAB}"
+    with pytest.raises(ValueError, match=f"{told}, got {VOCAB + 3}$"):
+        called(wrong)
+    torch._dynamo.reset()
+    compiled = torch.compile(called, fullgraph=True, backend="aot_eager")
+    with routes.forced("products"):
+        agree([compiled(actions.ids)], [called(actions.ids)])
+        with pytest.raises(RuntimeError, match=f"{told}$"):
+            compiled(wrong)
 
 
 @pytest.mark.parametrize("rows,columns", [(0, 5), (5, 0), (0, 0)])

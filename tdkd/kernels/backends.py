@@ -102,8 +102,9 @@ class _Once(torch.autograd.Function):
     """Gradients that have no gradient of their own."""
 
     @staticmethod
-    def forward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return gradients
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The first ``count`` are the gradients; the others, what they depend on."""
+        return tensors[:count]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> Any:
@@ -114,7 +115,8 @@ class _Once(torch.autograd.Function):
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a second differentiation fail.
+    """Makes a second differentiation fail, whatever it is by: of what a gradient depends on, all
+    that has a graph is saved.
 
     torch's decorator of that name does so only where the incoming gradient has a graph; elsewhere
     it leaves the second gradient out, and a penalty on gradients would do nothing.
@@ -131,7 +133,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             x.detach().requires_grad_() if isinstance(x, Tensor) else x
             for x in (made if several else (made,))
         ]
-        held = _Once.apply(*leaves)
+        held = _Once.apply(len(leaves), *leaves, *incoming, *ctx.saved_tensors)
         return held if several else held[0]
 
     return once

@@ -109,7 +109,7 @@ class Head:
             self._room = hidden.new_empty(size, dtype=torch.float32)
         room = self._room[:size].view(shape)
         width = PANEL_COLUMNS[hidden.device.type] if hidden.dtype == torch.float32 else shape[1]
-        for panel in runs(shape[1], width):
+        for panel in runs(shape[1], max(1, width)):
             out = room[:, panel]
             if bias is not None:
                 out.copy_(bias[panel])

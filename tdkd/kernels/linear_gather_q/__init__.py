@@ -122,7 +122,7 @@ def linear_gather_q(
 
     ``dense`` multiplies with the whole head.
     """
-    if dense:
+    if dense and weight.shape[0]:
         z = _DenseProducts.apply(hidden, weight, bias, ids, head.factor_dtype(hidden, weight))
     else:
         bias = None if bias is None else bias.float()

@@ -14,6 +14,8 @@ def linear_gather_q(
 ) -> Tensor:
     """``(hidden @ weight.T + bias).gather(-1, ids)``: only the k head rows of each position."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if not weight.shape[0]:
+        return hidden.new_full(ids.shape, -torch.inf, dtype=dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def part(hidden: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
