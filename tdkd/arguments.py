@@ -62,9 +62,13 @@ def scale(prefix: str, temperature: float, softcap: float | None, logit_scale: f
     return Scale(temperature, softcap, logit_scale)
 
 
-def whole(name: str, value: int, least: int = 1) -> None:
+def an_int(name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+
+
+def whole(name: str, value: int, least: int = 1) -> None:
+    an_int(name, value)
     if value < least:
         raise ValueError(f"{name}: expected an int >= {least}, got {value}")
 
@@ -183,14 +187,19 @@ def same_vocabulary(name: str, teacher: int, student: int, vocab_size: int | Non
 
 
 def columns(name: str, logits: Tensor, vocab_size: int | None) -> Tensor:
-    if vocab_size is None or vocab_size == logits.shape[-1]:
+    if not leaves_out(vocab_size, logits.shape[-1], f"the columns of {name}"):
         return logits
-    if not 1 <= vocab_size <= logits.shape[-1]:
-        raise ValueError(
-            f"vocab_size: expected 1 to {logits.shape[-1]}, the columns of {name}, got "
-            f"{vocab_size!r}"
-        )
     return logits[..., :vocab_size]
+
+
+def leaves_out(vocab_size: int | None, size: int, of: str) -> bool:
+    """Whether ``vocab_size`` is less than the ``size`` of what it may cut."""
+    if vocab_size is None:
+        return False
+    an_int("vocab_size", vocab_size)
+    if vocab_size != size and not 1 <= vocab_size < size:  # a vocabulary may be empty
+        raise ValueError(f"vocab_size: expected 1 to {size}, {of}, got {vocab_size}")
+    return vocab_size != size
 
 
 def head(
@@ -219,12 +228,7 @@ def head(
             )
         same_device(bias_name, bias, hidden)
     # a slice of everything would cost a second gradient too
-    if vocab_size is not None and vocab_size != weight.shape[0]:
-        if not 1 <= vocab_size < weight.shape[0]:
-            raise ValueError(
-                f"vocab_size: expected 1 to {weight.shape[0]}, the rows of {weight_name}, got "
-                f"{vocab_size!r}"
-            )
+    if leaves_out(vocab_size, weight.shape[0], f"the rows of {weight_name}"):
         weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
     return weight, bias
 

@@ -732,6 +732,9 @@ def test_a_weight_is_a_number_or_a_tensor_and_is_told():
     for other in (JSD(), None):
         with pytest.raises(TypeError, match="unsupported operand"):
             ForwardKL() * other
+    for endless in (float("nan"), float("inf"), -np.float32("inf")):
+        with pytest.raises(ValueError, match=r"weight: expected a finite number, got .*(nan|inf)"):
+            ForwardKL() + endless * JSD()
 
 
 # Documentation

@@ -365,6 +365,10 @@ REFUSED = {
     "select bool k": (lambda: ops.select_actions(x, True), "k: expected an int, got bool"),
     "select negative k": (lambda: ops.select_actions(x, -1), "k: .* got -1"),
     "select vocab_size": (lambda: ops.select_actions(x, vocab_size=0), "vocab_size: .* got 0"),
+    "select float vocab_size": (
+        lambda: ops.select_actions(x, vocab_size=5.0),
+        "vocab_size: expected an int, got float",
+    ),
     "select include dtype": (
         lambda: ops.select_actions(x, include=token.float()),
         "include: expected int32 or int64, got float32",
@@ -498,6 +502,10 @@ REFUSED = {
     "linear vocab_size 0": (
         lambda: ops.linear_logsumexp(h, w, vocab_size=0),
         "vocab_size: expected 1 to 5, the rows of weight, got 0",
+    ),
+    "linear bool vocab_size": (
+        lambda: ops.linear_logsumexp(h, w, vocab_size=True),
+        "vocab_size: expected an int, got bool",
     ),
     "linear vocab_size 6": (
         lambda: ops.linear_logsumexp(h, w, vocab_size=6),

@@ -9,7 +9,7 @@ chunks are linked.
 
 The bounds are where the measured costs cross. On CPU `tdkd bench --suite routes` measures them, and
 takes the ways that they reject as well. Beside products of float32, k head rows cost an Intel Xeon
-up to twice what they cost an AMD EPYC, and that bound is between the two. On GPUs the bounds are
+up to 2.4 times what they cost an AMD EPYC: that bound is between the two. On GPUs the bounds are
 arithmetic from the memory that is read, and the crossings themselves have not been measured.
 """
 

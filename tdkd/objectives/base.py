@@ -60,10 +60,16 @@ class Weighted(Objective):
 
     Args:
         terms: pairs ``(weight, objective)``; a plain function counts as it does alone.
+
+    Raises:
+        ValueError: a weight that is a number but not finite.
     """
 
     def __init__(self, terms: Sequence[tuple[float, ObjectiveLike]]) -> None:
         self.terms = [(weight, as_objective(term)) for weight, term in terms]
+        for weight, _ in self.terms:
+            if isinstance(weight, numbers.Real) and not math.isfinite(weight):
+                raise ValueError(f"weight: expected a finite number, got {weight!r}")
         objectives = [objective for _, objective in self.terms]
         self.bootstraps = all(objective.bootstraps for objective in objectives)
         self.normalised = any(objective.normalised for objective in objectives)
