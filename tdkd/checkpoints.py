@@ -13,6 +13,7 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from tdkd.errors import UserError, missing
@@ -92,6 +93,19 @@ def rotate(output: Path, limit: int | None, keep: Iterable[str]) -> None:
     excess = len(names) - max(limit, len(spared))
     for name in [name for name in names if name not in spared][: max(0, excess)]:
         discard(output, name)
+
+
+def set_aside(output: Path) -> Path | None:
+    """Moves all checkpoints to a folder ``earlier-<n>``, and tells which, if there are any: what
+    starts afresh must not be resumed from what went further before it."""
+    names = _names(output)
+    if not names:
+        return None
+    place = next(p for p in (output / f"earlier-{n}" for n in count(1)) if not p.exists())
+    place.mkdir()
+    for name in sorted(names, key=_step, reverse=True):
+        os.replace(output / name, place / name)
+    return place
 
 
 def last(output: Path) -> Path | None:

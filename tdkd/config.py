@@ -54,8 +54,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "target_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "target_every": (lambda x: x >= 1, ">= 1"),
     "lm_weight": (lambda x: 0 <= x < inf, ">= 0 and finite"),
-    "student_temperature": (lambda x: x > 0, "> 0"),
-    "teacher_temperature": (lambda x: x > 0, "> 0"),
+    "student_temperature": (lambda x: 0 < x < inf, "> 0 and finite"),
+    "teacher_temperature": (lambda x: 0 < x < inf, "> 0 and finite"),
     "vocab_size": (lambda x: x >= 1, ">= 1"),
     "lmbda": (lambda x: 0 <= x <= 1, "in [0, 1]"),
     "max_completion_length": (lambda x: x >= 1, ">= 1"),
@@ -318,6 +318,9 @@ class TDConfig(SFTConfig):
                 raise UserError(
                     f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
+        for name, kind in TDConfig.__annotations__.items():
+            if kind == "bool" and not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         for name, (fits, expected) in RANGES.items():
             value, kind = getattr(self, name), TDConfig.__annotations__[name]
             if value is None and kind.endswith("| None"):

@@ -776,7 +776,7 @@ def test_options_are_refused_by_name(tmp_path, tiny_teacher, data, capsys):
     for flags, words in {
         ("--action-top-k", "0"): "action-top-k: expected a number >= 1, got 0",
         ("--action-top-p", "1.5"): "action-top-p: expected a number in (0, 1], got 1.5",
-        ("--teacher-temperature", "0"): "teacher-temperature: expected a number > 0, got 0",
+        ("--teacher-temperature", "0"): "teacher-temperature: expected a finite number > 0, got 0",
         ("--log-probs", "int8"): "log-probs: expected one of float16, bfloat16, got 'int8'",
         ("--model-dtype", "int8"): "model-dtype: expected one of",
         ("--max-length", "2"): "data: expected an example whose response begins within 2 tokens",

@@ -271,6 +271,19 @@ def test_a_checkpoint_of_the_model_alone_is_not_resumed(setting):
     distill.run([str(path), "--save_only_model", "true", "--resume", "false"])
 
 
+def test_what_starts_afresh_is_not_resumed_from_what_was_before(setting, tmp_path, capsys):
+    path, _ = setting
+    out = tmp_path / "out"
+    for afresh in (1, 2):
+        distill.run([str(path), "--max_steps", "4", "--save_steps", "2"])
+        distill.run([str(path), "--max_steps", "2", "--save_steps", "2", "--resume", "false"])
+        assert f"earlier-{afresh}" in capsys.readouterr().err
+        assert (out / f"earlier-{afresh}" / "checkpoint-4").is_dir()
+        assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-2"]
+        distill.run([str(path), "--max_steps", "4", "--save_steps", "2"])
+        assert f"resuming from {out / 'checkpoint-2'}" in capsys.readouterr().err
+
+
 def test_a_folder_of_the_users_own_is_left_alone(setting, tmp_path):
     path, _ = setting
     notes = tmp_path / "out" / "unfinished" / "notes"

@@ -553,7 +553,9 @@ REFUSED = {
     "gamma": (-1, r"gamma: expected a number in \[0, 1\], got -1"),
     "td_alpha": (0, "td_alpha: expected a number > 0 and finite, got 0"),
     "td_weight": (-0.1, "td_weight: expected a number >= 0 and finite, got -0.1"),
-    "teacher_temperature": (0, "teacher_temperature: expected a number > 0, got 0"),
+    "teacher_temperature": (0, "teacher_temperature: expected a number > 0 and finite, got 0"),
+    "student_temperature": (float("inf"), "student_temperature: .* > 0 and finite, got inf"),
+    "td_stop_gradient": ("false", "td_stop_gradient: expected true or false, got 'false'"),
 }
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,8 +78,10 @@ def run(
         )
     if not 0 < action_top_p <= 1:
         raise UserError(f"action-top-p: expected a number in (0, 1], got {action_top_p}")
-    if not teacher_temperature > 0:
-        raise UserError(f"teacher-temperature: expected a number > 0, got {teacher_temperature}")
+    if not 0 < teacher_temperature < inf:
+        raise UserError(
+            f"teacher-temperature: expected a finite number > 0, got {teacher_temperature}"
+        )
     if log_probs not in cache.DTYPES:
         raise UserError(f"log-probs: expected one of {', '.join(cache.DTYPES)}, got {log_probs!r}")
     shared = {

@@ -35,7 +35,11 @@ class DataConfig:
     )
     eval_file: str | None = field(default=None, metadata={"help": "The same, held out."})
     resume: bool = field(
-        default=True, metadata={"help": "Go on from the last checkpoint in output_dir."}
+        default=True,
+        metadata={
+            "help": "Go on from the last checkpoint in output_dir; false moves what is there to "
+            "earlier-1, earlier-2, ... and starts afresh."
+        },
     )
 
 
@@ -164,6 +168,8 @@ def run(args: list[str]) -> None:
             )
         if last is not None:
             console.print(f"resuming from {last}", markup=False, soft_wrap=True)
+        elif trainer.is_world_process_zero() and (earlier := checkpoints.set_aside(output)):
+            console.print(f"earlier checkpoints are in {earlier}", markup=False, soft_wrap=True)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if last is not None and trainer.state.global_step == checkpoints.step(last):
             console.print(
