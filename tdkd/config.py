@@ -266,6 +266,10 @@ class TDConfig(SFTConfig):
                 "loss_type: expected 'nll' and no label_smoothing_factor, got "
                 f"{self.loss_type!r} and {self.label_smoothing_factor}"
             )
+        if self.normaliser == "sampled" and self.batch_vocabulary_extra < 1:
+            raise UserError(
+                "batch_vocabulary_extra: expected a number >= 1 with normaliser: sampled, got 0"
+            )
         if bool(self.replay_size) != bool(self.replay_ratio):
             raise UserError(
                 "replay_size: expected it together with replay_ratio, got "

@@ -147,8 +147,9 @@ def _merged(path: Path, argument: str, **options: Any) -> PreTrainedModel:
         if not named:
             raise UserError(f"{argument}: expected an adapter that names its model, got none")
         base = load_model(named, argument=argument, **options)
-        merged = PeftModel.from_pretrained(base, path).merge_and_unload()
-        return merged.requires_grad_(True).eval()
+        adapted = PeftModel.from_pretrained(base, path)
+        _untie(base)
+        return adapted.merge_and_unload().requires_grad_(True).eval()
     except UserError as error:
         raise UserError(f"{error} (the base model of the adapter in {path})") from error
     except (*UNREADABLE, SafetensorError) as error:
@@ -156,6 +157,21 @@ def _merged(path: Path, argument: str, **options: Any) -> PreTrainedModel:
             f"{argument}: expected an adapter of a causal language model in {path}, got "
             f"{_first_line(error)}"
         ) from error
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Gives embeddings and head, if one of the two has an adapter and they share a weight, one
+    each: merged into what they share, the adapter would change both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    adapted = [end for end in ends if isinstance(end, BaseTunerLayer)]
+    plain = [end for end in ends if end is not None and end not in adapted]
+    if len(adapted) != 1 or len(plain) != 1:
+        return
+    if plain[0].weight is adapted[0].get_base_layer().weight:
+        plain[0].weight = nn.Parameter(plain[0].weight.detach().clone())
+        model.config.tie_word_embeddings = False
 
 
 def has_added_adapter(model: nn.Module) -> bool:

@@ -376,3 +376,25 @@ def test_scaled_positions_reach_further(tiny_student, scaling, limit):
         check_positions(limit, "max-length", model)
         with pytest.raises(UserError, match=f"at most {limit} tokens"):
             check_positions(limit + 1, "max-length", model)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_on_one_end_of_a_tied_model_leaves_the_other(tmp_path, target):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(
+        load_model(tmp_path / "base"),
+        peft.LoraConfig(target_modules=["q_proj", target], init_lora_weights=False),
+    ).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(9)[None]
+    expected = adapted(ids).logits
+    merged = load_model(tmp_path / "adapter")
+    torch.testing.assert_close(merged(ids).logits, expected)
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(load_model(tmp_path / "merged")(ids).logits, expected)

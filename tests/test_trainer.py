@@ -583,6 +583,11 @@ def test_nothing_to_learn_is_refused(tmp_path):
         TDConfig(output_dir=str(tmp_path), imitation="none", td_weight=0.0)
 
 
+def test_a_sample_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="batch_vocabulary_extra: expected a number >= 1 with"):
+        TDConfig(output_dir=str(tmp_path), normaliser="sampled", batch_vocabulary_extra=0)
+
+
 def test_missing_teacher_and_other_vocabulary_are_refused(tmp_path, tiny_teacher, tiny_student):
     with pytest.raises(UserError, match="teacher_model: expected a teacher"):
         trainer(tmp_path, None, tiny_student)

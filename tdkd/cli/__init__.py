@@ -228,7 +228,7 @@ def _inspect(
 @app.command("bench")
 def _bench(
     suite: Annotated[
-        str, typer.Option(help="quick, cpu, small, head, linear, routes, adversarial, gpu")
+        str, typer.Option(help="quick, cpu, small, head, linear, routes, sampled, adversarial, gpu")
     ] = "quick",
     op: Annotated[str | None, typer.Option(help="the cases of this op alone")] = None,
     vocab: Annotated[

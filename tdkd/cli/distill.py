@@ -233,7 +233,7 @@ def _check_options(data: DataConfig, config: TDConfig, model: ModelConfig) -> No
         )
     if config.eval_strategy != "no" and data.eval_file is None:
         raise UserError(
-            f"eval_strategy: expected 'no' without eval_file, got {str(config.eval_strategy)!r}"
+            f"eval_strategy: expected 'no' without eval_file, got {config.eval_strategy.value!r}"
         )
 
 
