@@ -89,10 +89,10 @@ def main() -> int:
         case = case._replace(device="cuda")
         cases.append({**case._asdict(), "taken": breakdown(case)})
         torch.cuda.empty_cache()
-    if options.output:
-        path = Path(options.output)
-        make_directory(path.parent)
-        write_json(path, {**environment("cuda"), "calls": CALLS, "cases": cases})
+        if options.output:  # after each case: the stage has a limit
+            path = Path(options.output)
+            make_directory(path.parent)
+            write_json(path, {**environment("cuda"), "calls": CALLS, "cases": cases})
     return 0
 
 

@@ -1,7 +1,9 @@
 """What importing tdkd brings with it, and what works without Triton, the extension or an extra."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import one_line
@@ -168,3 +170,13 @@ for module in ("trainer", "models", "checkpoints"):
     lines = done.stdout.splitlines()
     assert len(lines) == 3
     assert all(line.endswith(' is missing: pip install "tdkd[train]"') for line in lines)
+
+
+def test_no_default_is_a_slice():
+    """torch 2.11 and older compile no function with one."""
+    for path in (Path(__file__).parents[1] / "tdkd").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                for default in [*node.args.defaults, *node.args.kw_defaults]:
+                    told = default and ast.unparse(default)
+                    assert not str(told).startswith("slice("), f"{path}:{node.lineno}"

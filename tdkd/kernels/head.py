@@ -99,8 +99,9 @@ class Head:
         self._room: Tensor | None = None
         self._narrow: Tensor | None = None
 
-    def logits(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
+    def logits(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
         """``hidden @ weight.T + bias`` of one chunk; it overwrites the chunk before."""
+        columns = slice(None) if columns is None else columns  # torch 2.11 compiles no such default
         weight, hidden = self.weight[columns], hidden.to(self.weight.dtype)
         bias = None if self.bias is None else self.bias[columns]
         shape = hidden.shape[0], weight.shape[0]
@@ -184,9 +185,10 @@ class Gradients:
         hidden: Tensor,
         head: Head,
         rows: slice,
-        columns: slice = slice(0, None),
+        columns: slice | None = None,
     ) -> None:
         """Adds the part of a tile, whose logits have the gradient ``grad``."""
+        columns = slice(0, None) if columns is None else columns
         if self.bias is not None:
             self.bias[columns] += grad.sum(0)
         grad = head.narrow(grad)
