@@ -160,17 +160,18 @@ def _merged(path: Path, argument: str, **options: Any) -> PreTrainedModel:
 
 
 def _untie(model: PreTrainedModel) -> None:
-    """Gives embeddings and head, if one of the two has an adapter and they share a weight, one
-    each: merged into what they share, the adapter would change both."""
+    """Gives embeddings and head, if they share a weight and have adapters, one each: merged into
+    what they share, the adapter of either would change both."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     ends = model.get_input_embeddings(), model.get_output_embeddings()
-    adapted = [end for end in ends if isinstance(end, BaseTunerLayer)]
-    plain = [end for end in ends if end is not None and end not in adapted]
-    if len(adapted) != 1 or len(plain) != 1:
+    if not any(isinstance(end, BaseTunerLayer) for end in ends):
         return
-    if plain[0].weight is adapted[0].get_base_layer().weight:
-        plain[0].weight = nn.Parameter(plain[0].weight.detach().clone())
+    embeddings, head = (
+        end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends
+    )
+    if head is not None and head.weight is embeddings.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = False
 
 

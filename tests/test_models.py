@@ -378,8 +378,18 @@ def test_scaled_positions_reach_further(tiny_student, scaling, limit):
             check_positions(limit + 1, "max-length", model)
 
 
-@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-def test_an_adapter_on_one_end_of_a_tied_model_leaves_the_other(tmp_path, target):
+@pytest.mark.parametrize(
+    "targets, options",
+    [
+        (["embed_tokens"], {}),
+        (["lm_head"], {}),
+        (["embed_tokens", "lm_head"], {}),
+        (["embed_tokens"], {"ensure_weight_tying": True}),
+        (["lm_head"], {"modules_to_save": ["embed_tokens"]}),
+    ],
+    ids=["embeddings", "head", "both", "tied", "saved"],
+)
+def test_adapters_on_the_ends_of_a_tied_model_are_merged_apart(tmp_path, targets, options):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -389,7 +399,7 @@ def test_an_adapter_on_one_end_of_a_tied_model_leaves_the_other(tmp_path, target
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     adapted = peft.get_peft_model(
         load_model(tmp_path / "base"),
-        peft.LoraConfig(target_modules=["q_proj", target], init_lora_weights=False),
+        peft.LoraConfig(target_modules=["q_proj", *targets], init_lora_weights=False, **options),
     ).eval()
     adapted.save_pretrained(tmp_path / "adapter")
     ids = torch.arange(9)[None]
