@@ -19,9 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from real_sets import states_of
+from real_sets import K, states_of, write_sets
 
 from tdkd import ops, records
 from tdkd.benchmark import linear, measure, report
@@ -30,7 +29,6 @@ from tdkd.benchmark.rivals import Rival
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
-K = 64
 GROWTH = 2
 """The sets' sizes are told of so many doublings of the rows too."""
 
@@ -105,14 +103,8 @@ def sets_of(
     kept, sizes = {}, []
     for top_p in (0.8, 1.0):
         ids = ops.linear_select_actions(hidden, weight, K, top_p, include=taken).ids
-        held = ids[:rows] >= 0
         kept[top_p] = scratch / f"{top_p}.npz"
-        np.savez(
-            kept[top_p],
-            members=ids[:rows][held].numpy(),
-            count=held.sum(-1).numpy(),
-            tokens=taken[:rows].numpy(),
-        )
+        write_sets(kept[top_p], ids[:rows], taken[:rows])
         for some in sorted({min(rows << i, len(ids)) for i in range(GROWTH + 1)}):
             part = ids[:some][ids[:some] >= 0]
             sizes.append(

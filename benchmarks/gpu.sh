@@ -2,13 +2,15 @@
 # Everything that a GPU can prove and measure, in one command of at most 9 minutes, without network:
 #     benchmarks/gpu.sh                 results in ${OUT:-benchmarks/results}, a short table last
 #     REHEARSE=1 benchmarks/gpu.sh      the same stages on CPU at tiny shapes (build/rehearsal)
-# ${PYTHON:-python3} must hold torch; STAGES="bench table" runs these alone. Every stage has a limit,
-# and none that fails or runs late costs the others. Exits with 0 where all of them passed.
+# ${PYTHON:-python3} must hold torch; STAGES="bench table" runs these alone. Left out unless named:
+# tune, for an architecture that is new, and routes, for the bounds of tdkd/kernels/routes.py and the
+# files of sets that SETS names. Every stage has a limit, and none that fails or runs late costs the
+# others. Exits with 0 where all of them passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
-STAGES=${STAGES:-environment build tests tune bench breakdown sanitizer verify table}
+STAGES=${STAGES:-environment tests bench breakdown sanitizer build verify table}
 REHEARSE=${REHEARSE:-}
 LIMIT=${LIMIT:-510}  # seconds in all, but for the table
 if [[ -n $REHEARSE ]]; then
@@ -37,6 +39,7 @@ for stage in $STAGES; do
     case $stage in
     environment | tune | breakdown) rm -f "$OUT/gpu-${stage/%tune/tuned}.json" ;;
     bench) rm -f "$OUT"/gpu{.json,.png} ;;
+    routes) rm -f "$OUT"/gpu-{routes,sets}.{json,png} ;;
     esac
 done
 
@@ -87,7 +90,7 @@ tests() {
     PYTHONPATH="$PYTHONPATH:benchmarks" $PYTHON -m pytest "${options[@]}" "${files[@]}"
 }
 
-# Drawn cases, opcheck, gradcheck, torch.compile, memory: every op in a process of its own.
+# Drawn cases, every op in a process of its own; in one more opcheck, torch.compile, memory, graphs.
 verify() {
     local ops op pid status=0 pids=()
     ops=$($PYTHON -c "from tdkd.verify import SUBJECTS; print(*SUBJECTS)") || return 1
@@ -96,6 +99,10 @@ verify() {
         $PYTHON -m tdkd verify --device "$DEVICE" --cases 12 --op "$op" &
         pids+=($!)
     done
+    if [[ -z $REHEARSE ]]; then
+        $PYTHON -m tdkd verify --device "$DEVICE" --cases 1 &
+        pids+=($!)
+    fi
     for pid in "${pids[@]}"; do wait "$pid" || status=1; done
     return $status
 }
@@ -182,10 +189,21 @@ tune() {
     fi
 }
 
-bench() {
-    local options=(--suite gpu --device "$DEVICE" --budget "$BUDGET" --output "$OUT" --name gpu)
+bench() { timed --suite gpu --name gpu --budget "$BUDGET"; }
+
+# Every way that the rule of tdkd/kernels/routes.py chooses from; then losses on sets of one's own.
+routes() {
+    timed --suite gpu-routes --name gpu-routes --budget "$BUDGET" || return
+    local file options=()
+    for file in ${SETS:-}; do options+=(--sets "$file"); done
+    [[ -z ${SETS:-} ]] ||
+        timed --suite gpu --op linear_td_loss --name gpu-sets --budget 60 --no-compile "${options[@]}"
+}
+
+timed() {
+    local options=(--device "$DEVICE" --output "$OUT")
     [[ -n $REHEARSE ]] && options+=(--rows 8 --vocab 512 --rounds 2 --no-compile)
-    $PYTHON -m tdkd.benchmark "${options[@]}"
+    $PYTHON -m tdkd.benchmark "${options[@]}" "$@"
 }
 
 # The short table, and the picture where the benchmark was cut off before it.
@@ -223,20 +241,27 @@ stage() {
 }
 
 export PYTHON REHEARSE LOGS
-FUNCTIONS=$(declare -f environment build tests tune bench breakdown sanitizer verify table)
+FUNCTIONS=$(declare -f environment build tests tune bench routes timed breakdown sanitizer verify table)
+
+# Seconds of a stage that is timed: what is left, but for so many of those that follow.
+budget() {
+    BUDGET=$(($(left) - $1))
+    ((BUDGET > 230)) && BUDGET=230
+    ((BUDGET < 60)) && BUDGET=60
+    export BUDGET
+}
+
 stage environment 30
-stage build 80
 stage tests 200
 stage tune 80
-# what is left, but for those that follow
-BUDGET=$(($(left) - 130))
-((BUDGET > 230)) && BUDGET=230
-((BUDGET < 60)) && BUDGET=60
-export BUDGET
+budget 130
 stage bench $((BUDGET + 30))
+budget 100
+stage routes $((BUDGET + 90))
 stage breakdown 60
-# nothing is timed any more: these two share the machine
+# nothing is timed any more: these share the machine
 stage sanitizer "$(left)" &
+stage build "$(left)" &
 stage verify "$(left)" &
 wait
 LIMIT=$((SECONDS + 25))

@@ -1,9 +1,11 @@
 """Writes tdkd/benchmark/sets.npz: the action sets of a real teacher, for the benchmark.
 
     python benchmarks/real_sets.py --models runs/demo
+    python benchmarks/real_sets.py --rows 8192 --top-p 1 --output build/sets-8192-p1.npz
 
 SmolLM2-135M-Instruct reads answers that it wrote itself (`make demo`): the sets of the first 2,048
-positions, k = 64, p = 0.8, the taken token in. Ids alone: no text, no probabilities.
+positions, k = 64, p = 0.8, the taken token in. Ids alone: no text, no probabilities. Others are for
+`tdkd bench --sets FILE`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from tdkd.benchmark.linear import SETS
 from tdkd.cli.evaluate import collate
 from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer
 
-ROWS, K, TOP_P, ANSWERS = 2048, 64, 0.8, 16
+K, ANSWERS = 64, 16
 
 
 class States(NamedTuple):
@@ -58,21 +60,34 @@ def states_of(models: Path, rows: int, most: int) -> States:
     return States(hidden, taken, weight)
 
 
+def write_sets(path: Path, ids: Tensor, taken: Tensor) -> None:
+    """The file that :func:`tdkd.benchmark.cases.read_sets` reads, of at most 65,536 tokens."""
+    held = ids >= 0
+    np.savez_compressed(
+        path,
+        members=ids[held].numpy().astype(np.uint16),
+        count=held.sum(-1).numpy().astype(np.uint8),
+        tokens=taken.numpy().astype(np.uint16),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, default=Path("runs/demo"))
-    hidden, taken, weight = states_of(parser.parse_args().models, ROWS, ROWS)
-    ids = ops.linear_select_actions(hidden, weight, K, TOP_P, include=taken).ids
-    held = ids >= 0
-    count = held.sum(-1)
-    np.savez_compressed(
-        SETS,
-        members=ids[held].numpy().astype(np.uint16),
-        count=count.numpy().astype(np.uint8),
-        tokens=taken.numpy().astype(np.uint16),
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--top-p", type=float, default=0.8)
+    parser.add_argument("--output", type=Path, default=SETS)
+    options = parser.parse_args()
+    hidden, taken, weight = states_of(options.models, options.rows, options.rows)
+    ids = ops.linear_select_actions(hidden, weight, K, options.top_p, include=taken).ids
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_sets(options.output, ids, taken)
+    members = ids[ids >= 0]
+    print(
+        f"{options.output.name}: {options.rows} sets, "
+        f"{members.numel() / options.rows:.1f} members, "
+        f"{members.unique().numel()} distinct tokens"
     )
-    union = ids[held].unique().numel()
-    print(f"{SETS.name}: {ROWS} sets, {count.float().mean():.1f} members, {union} distinct tokens")
 
 
 if __name__ == "__main__":

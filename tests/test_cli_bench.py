@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -123,6 +124,8 @@ def test_without_matplotlib_the_json_is_written(monkeypatch, tmp_path):
         (["--rows", "0"], "rows: expected a number >= 1, got 0"),
         (["--vocab", "1"], "vocab: expected a number >= 2, got 1"),
         (["--k", "0"], "k: expected a number >= 1, got 0"),
+        (["--suite", "linear", "--sets", "some.npz"], "sets: expected real, random, or an npz"),
+        (["--suite", "linear", "--sets", __file__], "sets: expected real, random, or an npz"),
         (["--rounds", "0"], "rounds: expected a number >= 1, got 0"),
         (["--threads", "0"], "threads: expected a number >= 1, got 0"),
         (["--name", "a/b"], "name: expected a file name"),
@@ -350,6 +353,23 @@ def test_memory_of_a_call_is_seen():
     assert peak > 60 << 20
 
 
+def test_times_outlive_a_call_without_memory():
+    """What was timed is kept, and the run goes on."""
+    calls = []
+
+    def until_timed(inputs):
+        calls.append(1)
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError("no memory")
+        return inputs.main.amax(-1)
+
+    timed, other = measure(TINY, [rival("amax", until_timed), rival("tdkd")], rounds=2)
+    assert len(timed.times_s) == 2
+    assert (timed.peak_extra_bytes, timed.result_bytes) == (None, None)
+    assert timed.logits_sized_allocations is None
+    assert other.result_bytes == 4 * TINY.rows
+
+
 def test_json_that_cannot_be_written_leaves_the_old_one(tmp_path):
     path = tmp_path / "run.json"
     report.write_json(path, {"whole": True})
@@ -489,6 +509,21 @@ def test_the_routes_are_measured_where_they_may_cross():
     assert sides == {True, False}
 
 
+def test_a_gpu_has_routes_of_its_own():
+    """Its bounds are elsewhere, and its batches larger."""
+    sides = {"gather": set(), "batch": set(), "sampled": set()}
+    for case in SUITES["gpu-routes"]:
+        size = case.vocab, case.hidden, case.rows, torch.bfloat16
+        if case.op == "linear_gather_q":
+            sides["gather"].add(routes.gathers("cuda", case.k, *size))
+        else:
+            union = round(case.vocab * (1 - (1 - case.k / case.vocab) ** case.rows)) + 1024
+            sides["batch"].add(routes.pays("cuda", union, case.vocab, *size[2:]))
+            sides["sampled"].add(routes.samples("cuda", case.k, 1024, *size, LAW_ROWS))
+            assert case.k <= 1024  # more than that the kernels leave to the reference
+    assert all(side == {True, False} for side in sides.values()), sides
+
+
 def test_the_sampled_columns_are_measured_where_they_may_cross():
     sides = {sampled_by_the_rule(case._asdict()) for case in SUITES["sampled"]}
     assert sides == {True, False}
@@ -551,3 +586,16 @@ def test_real_sets_are_those_that_were_measured():
     spread, _ = action_sets(case._replace(vocab=151_936), torch.Generator())
     assert torch.equal(spread.ids[held], 3 * actions.ids[held])
     assert actions.mass.tolist() == pytest.approx([0.85] * 2048)
+
+
+def test_sets_of_ones_own(tmp_path):
+    """A file of three sets, for more rows than it has; the taken token is always a member."""
+    path = tmp_path / "own.npz"
+    np.savez(path, members=[4, 9, 2, 7, 1, 3], count=[3, 1, 2], tokens=[9, 7, 5])
+    (case, *others) = choose("linear", "linear_td_loss", rows=[4], k=[2], sets=[str(path)])
+    assert str(case).endswith("k=2 own.npz")
+    assert others
+    assert all(case.sets == str(path) for case in others)
+    actions, tokens = action_sets(case, torch.Generator())
+    assert tokens.tolist() == [9, 7, 5, 9]
+    assert actions.ids.tolist() == [[4, 9], [7, -1], [5, 3], [4, 9]]

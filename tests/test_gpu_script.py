@@ -56,7 +56,14 @@ def test_a_stage_that_fails_does_not_lose_the_others(tmp_path):
     assert "gpu.json" in log  # what the last stage missed
 
 
-KEPT = ("gpu.json", "gpu.png", "gpu-environment.json", "gpu-tuned.json", "gpu-breakdown.json")
+KEPT = (
+    "gpu.json",
+    "gpu.png",
+    "gpu-environment.json",
+    "gpu-tuned.json",
+    "gpu-breakdown.json",
+    "gpu-routes.json",
+)
 """Results of the stages, by name."""
 
 
@@ -95,6 +102,7 @@ def test_without_a_gpu_nothing_is_removed(tmp_path):
         ("tune", {"gpu-tuned.json"}),
         ("bench", {"gpu.json", "gpu.png"}),
         ("breakdown", {"gpu-breakdown.json"}),
+        ("routes", {"gpu-routes.json"}),
         ("table", set()),
         ("environment breakdown", {"gpu-environment.json", "gpu-breakdown.json"}),
     ],

@@ -19,7 +19,7 @@ def main() -> int:
         parser.add_argument(f"--{option}", default=getattr(defaults, option))
     for option in ("vocab", "k"):
         parser.add_argument(f"--{option}", type=int, action="append", default=[])
-    for option in ("dtype", "logits"):
+    for option in ("dtype", "logits", "sets"):
         parser.add_argument(f"--{option}", action="append", default=[])
     for option in ("rows", "rounds", "threads"):
         parser.add_argument(f"--{option}", type=int)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,8 @@ of ``tdkd.lm_loss``."""
 OPS = tuple(FIELDS)
 DEVICES = ("cpu", "cuda")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SET_SOURCES = ("real", "random")
+"""Where action sets come from, if not from a file."""
 
 ROTATED_BYTES = 256 << 20
 """Copies of the inputs together exceed this, so that no call finds its own in a cache."""
@@ -91,7 +94,7 @@ def describe(case: dict[str, Any]) -> str:
     words = [f"{case['rows']} x {case['vocab']}" if "vocab" in fields else f"{case['rows']}"]
     for field in ("dtype", "k", "logits", "sets"):
         if field in fields:
-            words.append(f"k={case['k']}" if field == "k" else case[field])
+            words.append(f"k={case['k']}" if field == "k" else Path(str(case[field])).name)
     if case["op"].startswith("linear") and case["hidden"] != HIDDEN:
         words.append(f"H={case['hidden']}")
     if case.get("autocast"):
@@ -301,6 +304,17 @@ SUITES: dict[str, list[Case]] = {
         _td_loss(8192, 151_936, dtype="bfloat16", logits="random", compiled=False),
         _soft_value(8192, k=1024, compiled=False),
     ],
+    # `routes` and `sampled` on a GPU: either side of its bounds on k / V and on M / V
+    "gpu-routes": [
+        _ways(op, rows, 151_936, k, sets="random", hidden=3584, dtype="bfloat16")
+        for op, rows, ks in (
+            (_linear_gather_q, 8192, (64, 380, 760, 1520, 3040)),
+            (_linear_td_loss, 8192, (4, 16, 64, 380, 760, 1000)),
+            (_linear_gather_q, 512, (64, 760, 3040)),
+            (_linear_td_loss, 512, (64, 700, 1000)),
+        )
+        for k in ks
+    ],
 }
 
 
@@ -329,6 +343,9 @@ def choose(
         _known("dtype", dtype, DTYPES)
     for kind in given.get("logits", ()):
         _known("logits", kind, LOGITS)
+    for sets in given.get("sets", ()):
+        if sets not in SET_SOURCES:
+            read_sets(Path(sets))
     for name, least in (("rows", 1), ("k", 1), ("vocab", 2)):
         for value in given.get(name, ()):
             if value < least:
@@ -346,6 +363,27 @@ def choose(
     for case in replaced:
         unique.setdefault(case._replace(compiled=True), case)
     return list(unique.values())
+
+
+def read_sets(path: Path) -> dict[str, Tensor]:
+    """Sets as ``benchmarks/real_sets.py`` writes them.
+
+    Returns:
+        int64 ``members`` ``[M]``, all sets one after the other; ``count`` ``[N]`` of each, and
+        ``tokens`` ``[N]``, the one that was taken.
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    import numpy as np
+
+    names = ("members", "count", "tokens")
+    try:
+        with np.load(path) as kept:
+            return {name: torch.from_numpy(kept[name].astype(np.int64)) for name in names}
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise UserError(
+            f"sets: expected real, random, or an npz of {', '.join(names)}, got {path}: {error}"
+        ) from error
 
 
 def make_inputs(case: Case, seed: int = 0) -> list[Inputs]:

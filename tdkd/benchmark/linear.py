@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tdkd import ops
-from tdkd.benchmark.cases import Case, Inputs, Run, Skip, make_linear_inputs
+from tdkd.benchmark.cases import Case, Inputs, Run, Skip, make_linear_inputs, read_sets
 from tdkd.kernels import head, routes
 from tdkd.objectives import ForwardKL
 
@@ -38,19 +38,17 @@ def action_sets(case: Case, generator: torch.Generator) -> tuple[ops.ActionSet, 
     spread out, so that the union is as large, and in a smaller one without what is not in it.
     More rows than there are (2,048) repeat them, and the union stays as it is, which that of so
     many rows of text does not. ``random``: k random tokens each, the worst case. Anything else is
-    the path of a file as ``SETS``.
+    the path of a file as ``SETS``, which may hold as many rows as one likes.
     """
     rows, k, vocab, device = case.rows, min(case.k, case.vocab), case.vocab, generator.device
     if case.sets != "random":
-        import numpy as np
-
-        kept = np.load(SETS if case.sets == "real" else case.sets)
-        count = torch.from_numpy(kept["count"].astype(np.int64))
+        kept = read_sets(SETS if case.sets == "real" else Path(case.sets))
+        count = kept["count"]
         ids = torch.full((count.numel(), max(k, int(count.max()))), -1)
         held = torch.arange(ids.shape[1]) < count[:, None]
-        ids[held] = torch.from_numpy(kept["members"].astype(np.int64))
+        ids[held] = kept["members"]
         some, spread = torch.arange(rows) % count.numel(), max(1, vocab // SETS_VOCAB)
-        ids, tokens = ids[some, :k], torch.from_numpy(kept["tokens"].astype(np.int64))[some]
+        ids, tokens = ids[some, :k], kept["tokens"][some]
         ids = torch.where((ids < 0) | (ids * spread >= vocab), -1, ids * spread).to(device)
         tokens = (tokens * spread % vocab).to(device)
         inside = (ids == tokens[:, None]).any(-1)

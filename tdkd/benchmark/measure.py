@@ -47,7 +47,8 @@ class Result(NamedTuple):
     share: float | None = None
     """``gb_per_s`` over that of the anchor: ``amax`` on CPU, ``copy`` on a GPU."""
     peak_extra_bytes: int | None = None
-    """growth of memory within one call, results included: resident, or of torch's on a GPU."""
+    """growth of memory within one call, results included: resident, or of torch's on a GPU; None,
+    as the two below, where that call fails."""
     result_bytes: int | None = None
     """size of the tensors that a call returns, gradients included."""
     logits_sized_allocations: int | None = None
@@ -262,15 +263,18 @@ def reason(error: Exception) -> str:
     return text if isinstance(error, Skip) else f"{type(error).__name__}: {text}"
 
 
-def result_bytes(run: Run, inputs: Inputs) -> int:
-    """Size of what a call returns."""
-    leaves = torch.utils._pytree.tree_leaves(run(inputs))
+def result_bytes(run: Run, inputs: Inputs) -> int | None:
+    """Size of what a call returns; None if it fails, as where memory is short."""
+    try:
+        leaves = torch.utils._pytree.tree_leaves(run(inputs))
+    except RuntimeError:
+        return None
     return sum(x.nbytes for x in leaves if isinstance(x, torch.Tensor))
 
 
 def peak_extra_bytes(run: Run, inputs: Inputs) -> int | None:
-    """Growth of memory within one call: this process's, None where Linux cannot tell, or torch's
-    on a GPU."""
+    """Growth of memory within one call: this process's, or torch's on a GPU. None where Linux
+    cannot tell, or the call fails."""
     gc.collect()
     if inputs.main.is_cuda:
         return _peak_on_gpu(run, inputs)
@@ -281,7 +285,7 @@ def peak_extra_bytes(run: Run, inputs: Inputs) -> int | None:
         before = _resident("VmRSS")
         result = run(inputs)
         peak = _resident("VmHWM")
-    except (OSError, KeyError):
+    except (OSError, KeyError, RuntimeError):
         return None
     del result
     return max(0, peak - before)

@@ -27,6 +27,7 @@ class Options(NamedTuple):
     k: Sequence[int] = ()
     dtype: Sequence[str] = ()
     logits: Sequence[str] = ()
+    sets: Sequence[str] = ()
     rounds: int | None = None
     threads: int | None = None
     output: str = "benchmarks/results"
@@ -62,6 +63,7 @@ def run(options: Options, tell: Callable[[int, int, str], None]) -> Done:
         "k": options.k,
         "dtype": options.dtype,
         "logits": options.logits,
+        "sets": options.sets,
     }
     cases = choose(options.suite, options.op, device=options.device, **changed)
     for option in ("rounds", "threads"):

@@ -228,7 +228,10 @@ def _inspect(
 @app.command("bench")
 def _bench(
     suite: Annotated[
-        str, typer.Option(help="quick, cpu, small, head, linear, routes, sampled, adversarial, gpu")
+        str,
+        typer.Option(
+            help="quick, cpu, small, head, linear, routes, sampled, adversarial, gpu, gpu-routes"
+        ),
     ] = "quick",
     op: Annotated[str | None, typer.Option(help="the cases of this op alone")] = None,
     vocab: Annotated[
@@ -241,6 +244,10 @@ def _bench(
     ] = None,
     logits: Annotated[
         list[str] | None, typer.Option(help="random, peaked, ascending ...; may be repeated")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(help="real, random, or a file of benchmarks/real_sets.py; may be repeated"),
     ] = None,
     rounds: Annotated[
         int | None,
@@ -268,6 +275,7 @@ def _bench(
             k=k or [],
             dtype=dtype or [],
             logits=logits or [],
+            sets=sets or [],
             rounds=rounds,
             threads=threads,
             output=output,

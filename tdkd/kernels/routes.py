@@ -10,7 +10,7 @@ chunks are linked.
 The bounds are where the measured costs cross. On CPU `tdkd bench --suite routes` measures them, and
 takes the ways that they reject as well. Beside products of float32, k head rows cost an Intel Xeon
 up to 2.4 times what they cost an AMD EPYC: that bound is between the two. On GPUs the bounds are
-arithmetic from the memory that is read, and the crossings themselves have not been measured.
+arithmetic from the memory that is read; suite `gpu-routes` would measure them, and has not yet.
 """
 
 from __future__ import annotations
