@@ -95,16 +95,18 @@ def rotate(output: Path, limit: int | None, keep: Iterable[str]) -> None:
         discard(output, name)
 
 
-def set_aside(output: Path) -> Path | None:
+def set_aside(output: Path, beside: Iterable[str] = ()) -> Path | None:
     """Moves all checkpoints to a folder ``earlier-<n>``, and tells which, if there are any: what
-    starts afresh must not be resumed from what went further before it."""
+    starts afresh must not be resumed from what went further before it. Files ``beside`` them
+    follow."""
     names = _names(output)
     if not names:
         return None
     place = next(p for p in (output / f"earlier-{n}" for n in count(1)) if not p.exists())
     place.mkdir()
-    for name in sorted(names, key=_step, reverse=True):
-        os.replace(output / name, place / name)
+    for name in [*sorted(names, key=_step, reverse=True), *beside]:
+        if (output / name).exists():
+            os.replace(output / name, place / name)
     return place
 
 

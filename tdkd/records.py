@@ -287,9 +287,15 @@ def read_json(path: Path, argument: str = "output") -> Any:
         raise UserError(f"{argument}: expected JSON in {path}, got {error}") from error
 
 
-def check_settings(path: Path, settings: dict[str, Any]) -> None:
+def check_settings(
+    path: Path, settings: dict[str, Any], instead: str = "choose another --output"
+) -> None:
     """Holds the settings of a command to those that its output was begun with.
 
+    Args:
+        path: where those are.
+        settings: of this call.
+        instead: what to do to start afresh.
     Raises:
         UserError: one of them is another.
     """
@@ -297,8 +303,8 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if before.get(name) != value:
             raise UserError(
-                f"{name}: expected {before.get(name)!r} as in {path}, got {value!r}; choose "
-                "another --output to start afresh"
+                f"{name}: expected {before.get(name)!r} as in {path}, got {value!r}; {instead} to "
+                "start afresh"
             )
 
 

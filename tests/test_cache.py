@@ -570,6 +570,18 @@ def test_distill_from_a_cache(made, tmp_path, tiny_student, data):
     assert log[0]["set_size"] > 1
 
 
+def test_a_run_goes_on_from_its_own_cache(made, tmp_path, tiny_teacher, tiny_student, data):
+    kept = ["--save_strategy", "steps", "--save_steps", "1"]
+    distill.run(distilling(tiny_student, made, tmp_path / "out", *kept))
+    moved = tmp_path / made.path.name
+    shutil.copytree(made.path, moved)
+    steps = ["--max_steps", "2"]
+    distill.run(distilling(tiny_student, Cache(moved), tmp_path / "out", *kept, *steps))
+    other = run(tmp_path / "other", model=tiny_student, data=data)
+    with pytest.raises(UserError, match="^teacher_cache: expected .* as in .*settings.json, got"):
+        distill.run(distilling(tiny_student, other, tmp_path / "out", *kept))
+
+
 OTHER_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' says: ' + m['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant says: ' }}{% endif %}"

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -282,6 +283,64 @@ def test_what_starts_afresh_is_not_resumed_from_what_was_before(setting, tmp_pat
         assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-2"]
         distill.run([str(path), "--max_steps", "4", "--save_steps", "2"])
         assert f"resuming from {out / 'checkpoint-2'}" in capsys.readouterr().err
+
+
+def test_what_was_begun_otherwise_is_not_resumed(setting, tmp_path, tiny_teacher, tiny_student):
+    path, _ = setting
+    out = tmp_path / "out"
+    distill.run([str(path), "--max_steps", "1"])
+    begun = (out / "settings.json").read_bytes()
+    more = tmp_path / "more.jsonl"
+    more.write_text((tmp_path / "train.jsonl").read_text() * 2)
+    lora = ["--use_peft", "true", "--lora_target_modules", "q_proj"]
+    size = r"per_device_train_batch_size \* gradient_accumulation_steps \* processes"
+    for flags, name in (
+        (["--action_top_k", "8"], "action_top_k: expected 4 as in .*settings.json, got 8"),
+        (["--learning_rate", "1e-3"], "learning_rate: expected 2e-05 as in .*, got 0.001"),
+        (["--objective", "JSD(0.3, tail=True)"], "objective: expected None as in .*, got 'JSD"),
+        (["--train_file", str(more)], "train_file: expected .*train.jsonl.*, got .*more.jsonl"),
+        (["--teacher_model_name_or_path", str(tiny_student)], "teacher_model_name_or_path: expec"),
+        (["--model_name_or_path", str(tiny_teacher)], "model_name_or_path: expected "),
+        (lora, "use_peft: expected False as in .*, got True"),
+        (["--optim", "sgd"], "optim: expected 'adamw_torch_fused' as in .*, got 'sgd'"),
+        (["--per_device_train_batch_size", "2"], f"{size}: expected 3 as in .*, got 2"),
+        (["--seed", "1"], "seed: expected 42 as in .*, got 1; give --resume false or another"),
+    ):
+        with pytest.raises(UserError, match=f"^{name}"):
+            distill.run([str(path), *flags])
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    # what may differ, and the same sequences a step in smaller parts
+    parts = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "3"]
+    told = ["--logging_steps", "2", "--save_steps", "3", "--save_total_limit", "2"]
+    distill.run([str(path), *parts, *told])
+    assert (out / "settings.json").read_bytes() == begun
+    distill.run([str(path), "--seed", "1", "--resume", "false"])
+    assert (out / "earlier-1" / "settings.json").read_bytes() == begun
+    with pytest.raises(UserError, match="^seed: expected 1 as in .*, got 42"):
+        distill.run([str(path)])
+    (out / "settings.json").unlink()  # as versions before it left a run
+    distill.run([str(path), "--seed", "2", "--max_steps", "3"])
+    assert not (out / "settings.json").exists()
+
+
+def test_a_setting_that_a_library_did_not_have_is_not_compared(setting, tmp_path):
+    path, _ = setting
+    distill.run([str(path), "--max_steps", "1"])
+    place = tmp_path / "out" / "settings.json"
+    before = json.loads(place.read_text())
+    del before["gamma"]
+    place.write_text(json.dumps({**before, "forgotten": 1}))
+    distill.run([str(path), "--gamma", "0.5"])
+
+
+def test_of_our_settings_few_may_differ():
+    free = {name for name in TDConfig.__annotations__ if name.startswith(distill.FREE)}
+    assert free == {
+        "generation_batch_size", "teacher_cache", "teacher_cache_verify",
+        "teacher_model_name_or_path", "vllm_gpu_memory_utilization",
+    }  # fmt: skip
+    known = {field.name for field in fields(TDConfig)}
+    assert not [name for name in distill.FREE if not any(x.startswith(name) for x in known)]
 
 
 def test_a_folder_of_the_users_own_is_left_alone(setting, tmp_path):

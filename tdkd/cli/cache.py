@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tdkd import cache, logprobs, ops, records
 from tdkd.cli.console import console, progress_bar
-from tdkd.cli.distill import is_chat, prepared
+from tdkd.cli.distill import checksum, data_file, is_chat, prepared
 from tdkd.errors import UserError
 from tdkd.models import (
     Head,
@@ -144,10 +144,10 @@ def run(
     if processes.is_main_process:
         _, first = next(records.lines(data, "data"))
         settings |= {
-            "teacher": {"name": Path(model).name, "sha256": _checksum(Path(model))},
+            "teacher": {"name": Path(model).name, "sha256": checksum(Path(model), "the teacher")},
             "tokenizer": cache.tokenizer_hash(own),
             "chat_template": cache.template_hash(own) if is_chat(first) else None,
-            "data": _data(Path(data)),
+            "data": data_file(Path(data)),
             "tokens_sha256": cache.tokens_hash(examples),
         }
         _begin(folder, {**settings, "shard_examples": shard_examples})
@@ -277,7 +277,7 @@ def _of_a_server(
         "teacher": {"name": logprobs.model_name(path), "sha256": None},
         "tokenizer": cache.tokenizer_hash(tokenizer),
         "chat_template": cache.template_hash(tokenizer) if chats else None,
-        "data": _data(path),
+        "data": data_file(path),
         "tokens_sha256": None,
     }
     left = logprobs.Left()
@@ -346,18 +346,6 @@ def _tell(made: cache.Cache, rate: str) -> None:
         markup=False,
         soft_wrap=True,
     )
-
-
-def _checksum(model: Path) -> str:
-    """That of a model's files; large ones take minutes."""
-    total = sum(path.stat().st_size for path in cache.model_files(model))
-    with progress_bar() as progress:
-        task = progress.add_task("bytes of the teacher's checksum", total=total)
-        return cache.folder_hash(model, lambda size: progress.update(task, advance=size))
-
-
-def _data(path: Path) -> dict[str, str]:
-    return {"name": path.name, "sha256": cache.file_hash(path)}
 
 
 def _processes(device: str | None) -> PartialState:
