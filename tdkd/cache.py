@@ -504,6 +504,28 @@ def tokens_hash(prepared: Dataset) -> str:
     return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
+class Extent(NamedTuple):
+    """How far tokenised examples reach."""
+
+    longest: int
+    """Tokens of the longest sequence."""
+    largest: int
+    """The largest token, or 0."""
+
+
+def extent(prepared: Dataset) -> Extent:
+    """Of examples with ``input_ids``, which may be packed as TRL does it."""
+    longest = largest = 0
+    packed = "seq_lengths" in prepared.column_names
+    for table in prepared.with_format("arrow").iter(batch_size=1024):
+        ids = table["input_ids"].combine_chunks()
+        tokens = ids.flatten().to_numpy()
+        sizes = table["seq_lengths"].combine_chunks().flatten() if packed else ids.value_lengths()
+        longest = max(longest, int(sizes.to_numpy().max(initial=0)))
+        largest = max(largest, int(tokens.max(initial=0)))
+    return Extent(longest, largest)
+
+
 def model_files(folder: Path) -> list[Path]:
     """A model's or an adapter's configuration and weights."""
     configs = [folder / "config.json", folder / "adapter_config.json"]

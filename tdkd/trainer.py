@@ -26,6 +26,7 @@ from tdkd.models import (
     check_head,
     check_model_path,
     check_packed,
+    check_positions,
     check_tokenizer,
     eos_token_ids,
     has_added_adapter,
@@ -41,11 +42,12 @@ from tdkd.objectives import CrossEntropy, IQLearn, ObjectiveLike, as_objective
 try:
     from accelerate import PartialState
     from accelerate.utils import DynamoBackend
+    from datasets import Dataset
     from transformers import PreTrainedModel
     from trl import SFTTrainer
     from trl.models.utils import _ForwardRedirection
 
-    from tdkd.cache import Cache, Collator
+    from tdkd.cache import Cache, Collator, extent
 except (ImportError, RuntimeError) as error:  # lazy modules raise the latter
     raise missing(error) from error
 
@@ -196,6 +198,34 @@ class TDTrainer(SFTTrainer):
                 )
         if args.lmbda:
             self._go_online(args, student)
+        models = [student] if self.teacher is None else [student, self._unwrapped(self.teacher)]
+        for name, dataset in self._datasets():
+            # of a stream, and of what others collate, nothing is known
+            if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+                self._check_data(dataset, name, models)
+
+    def _datasets(self) -> list[tuple[str, Any]]:
+        """What is learned from and evaluated on, and what errors call it."""
+        found = []
+        for name, given in (("train", self.train_dataset), ("eval", self.eval_dataset)):
+            parts = given.values() if isinstance(given, dict) else [given]
+            found += [(f"{name}_dataset", part) for part in parts if part is not None]
+        return found
+
+    def _check_data(self, dataset: Dataset, name: str, models: list[nn.Module]) -> None:
+        """Refuses examples that the models cannot be given."""
+        longest, largest = extent(dataset)
+        check_positions(longest, "max_length", *models)
+        rows = min(model.config.get_text_config().vocab_size for model in models)  # type: ignore[union-attr,operator]
+        if largest >= rows:
+            raise UserError(
+                f"{name}: expected tokens below {rows}, the vocabulary of the model, got {largest}"
+            )
+        if self.args.vocab_size is not None and largest >= self.args.vocab_size:
+            raise UserError(
+                f"vocab_size: expected more than {largest}, the largest token of {name}, got "
+                f"{self.args.vocab_size}"
+            )
 
     def _go_online(self, args: TDConfig, student: nn.Module) -> None:
         teacher = None if self.teacher is None else self._unwrapped(self.teacher)
@@ -246,17 +276,15 @@ class TDTrainer(SFTTrainer):
             cache.check_vocabulary(self.args.vocab_size, "vocab_size")
         collator = Collator(self.data_collator, cache)
         self.data_collator = collator
-        for given in (self.train_dataset, self.eval_dataset):
-            for dataset in given.values() if isinstance(given, dict) else [given]:
-                if dataset is not None:
-                    first = next(iter(dataset), None)
-                    if first is None:
-                        raise UserError(
-                            "train_file: expected at least one example, got none that max_length "
-                            f"({self.args.max_length}) leaves an answer of"
-                        )
-                    # says at once where examples are of another origin
-                    collator([first])
+        for _, dataset in self._datasets():
+            first = next(iter(dataset), None)
+            if first is None:
+                raise UserError(
+                    "train_file: expected at least one example, got none that max_length "
+                    f"({self.args.max_length}) leaves an answer of"
+                )
+            # says at once where examples are of another origin
+            collator([first])
 
     def _prepared_teacher(
         self, given: str | Path | PreTrainedModel | None, student: nn.Module, args: TDConfig

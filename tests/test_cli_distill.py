@@ -194,6 +194,7 @@ REFUSED = {
         {"objective": "JSD"},
         "td_weight: expected it to be left out beside objective, got 0.3",
     ),
+    "too_few_columns": (["--vocab_size", "80"], {}, "vocab_size: expected more than 2"),
     "no_data": ([], {"train_file": "nowhere.jsonl"}, "train_file: expected a JSONL file"),
     "no_student": ([], {"model_name_or_path": "nowhere"}, "model_name_or_path: expected"),
     "no_teacher": ([], {"teacher_model_name_or_path": None}, "teacher_model: expected"),

@@ -626,6 +626,45 @@ def test_what_the_trainer_has_no_use_for_is_refused(tmp_path, tiny_teacher, tiny
             TDTrainer(student, teacher, config(tmp_path), objective=objective, **options)
 
 
+def gpt2(**options):
+    """A random GPT-2, whose embeddings and positions are tables."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 264, "n_positions": 512, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**sizes, **options}))
+
+
+def test_data_that_models_cannot_be_given_is_refused(tmp_path, tiny_student):
+    def made(train=None, student=None, teacher=None, evaluated=None, **options):
+        return TDTrainer(
+            gpt2(**(student or {})), gpt2(**(teacher or {})), config(tmp_path, **options),
+            train_dataset=conversations() if train is None else train, eval_dataset=evaluated,
+            processing_class=load_tokenizer(tiny_student),
+        )  # fmt: skip
+
+    short = {"n_positions": 32}
+    long = r"^max_length: expected sequences of at most 32 tokens, .*got one of \d"
+    few = "^train_dataset: expected tokens below 80, the vocabulary of the model, got 2"
+    both = {"student": {"vocab_size": 80}, "teacher": {"vocab_size": 80}}
+    given = datasets.Dataset.from_list([{"input_ids": [1, 70, 71], "labels": [-100, 70, 71]}])
+    for options, message in (
+        ({"student": short}, long),
+        ({"teacher": short}, long),
+        ({"train": given, "evaluated": conversations(), "student": short}, long),
+        ({"train": given, "evaluated": {"one": given, "two": conversations()}, **both},
+         few.replace("train", "eval")),
+        (both, few),
+        ({"vocab_size": 80}, "^vocab_size: expected more than 2.., the largest token of train_d"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            made(**options)
+    packing = {"packing": True, "max_length": 512, "per_device_train_batch_size": 1}
+    made(student={"n_positions": 80}, **packing)  # each sequence has positions of its own
+    with pytest.raises(UserError, match="^max_length: expected sequences of at most 80 tokens"):
+        made(student={"n_positions": 80}, packing_strategy="wrapped", **packing)
+    made(given, student=short)
+    made(conversations().to_iterable_dataset(), student=short)
+
+
 def test_models_by_path(tmp_path, tiny_teacher, tiny_student):
     run = TDTrainer(
         Path(tiny_student), Path(tiny_teacher), config(tmp_path), train_dataset=conversations(),

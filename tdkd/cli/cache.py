@@ -123,19 +123,19 @@ def run(
         data, "data", own, max_length=max_length, assistant_only_loss=assistant_only_loss
     )
     teacher = load_model(model, dtype=dtype, device=processes.device, argument="model")
-    check_positions(max(map(len, examples["input_ids"])), "max-length", teacher)
+    longest, largest = cache.extent(examples)
+    check_positions(longest, "max-length", teacher)
     head = lm_head(teacher)
     columns = head.weight.shape[0]
     if vocab_size is not None and vocab_size > columns:
         raise UserError(
             f"vocab-size: expected at most the {columns} columns of the teacher, got {vocab_size}"
         )
-    settings = {
+    settings: dict[str, Any] = {
         **shared,
         "model_dtype": str(teacher.dtype).removeprefix("torch."),
         "vocab_size": columns if vocab_size is None else vocab_size,
     }
-    largest = max(map(max, examples["input_ids"]))
     if largest >= settings["vocab_size"]:
         raise UserError(
             f"vocab-size: expected more than {largest}, the largest token of the data, got "
