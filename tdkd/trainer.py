@@ -226,6 +226,14 @@ class TDTrainer(SFTTrainer):
                 f"vocab_size: expected more than {largest}, the largest token of {name}, got "
                 f"{self.args.vocab_size}"
             )
+        cut = None if self._cache is None else self._cache.manifest.max_length
+        wanted = self.args.max_length
+        # of packed rows it is the length of the row, and None takes examples as they are
+        if cut == longest and wanted is not None and wanted > cut and not self.args.packing:
+            raise UserError(
+                f"max_length: expected at most the {cut} that examples of {self._cache.path} were "  # type: ignore[union-attr]
+                f"cut at, got {wanted}; set max_length: {cut}, or give tdkd cache a larger one"
+            )
 
     def _go_online(self, args: TDConfig, student: nn.Module) -> None:
         teacher = None if self.teacher is None else self._unwrapped(self.teacher)

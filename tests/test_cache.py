@@ -688,7 +688,7 @@ def test_what_the_assistant_says(tmp_path, tiny_teacher, tiny_student, data):
         assert learned == theirs["labels"]
     distill.run(
         distilling(student, made, tmp_path / "out", "--assistant_only_loss", "true", "--train_file",
-              str(talk))
+              str(talk), "--max_length", "64")
     )  # fmt: skip
     with pytest.raises(UserError, match="assistant_only_loss: expected False as in .*, got True;"):
         cached_trainer(tmp_path, student, every, assistant_only_loss=True)
@@ -838,6 +838,23 @@ def test_examples_longer_than_the_positions_are_refused(tmp_path, tiny_teacher):
     long = write(tmp_path / "long.jsonl", [{"prompt": "why", "completion": "x" * 600}])
     with pytest.raises(UserError, match="^max-length: expected sequences of at most 512 tokens"):
         run(tmp_path / "c", model=tiny_teacher, data=long, max_length=1000)
+
+
+def test_a_max_length_beyond_that_of_a_cache(tmp_path, tiny_teacher, tiny_student, data):
+    """Where the cache has cut examples a live teacher would see more of them."""
+    short = run(tmp_path / "short", model=tiny_teacher, data=data, max_length=24)
+    refused = (
+        "^max_length: expected at most the 24 .*short were cut at, got 1024; set max_length: 24"
+    )
+    with pytest.raises(UserError, match=refused):
+        cached_trainer(tmp_path, tiny_student, short)
+    with pytest.raises(UserError, match="^max_length: expected at most the 24"):
+        distill.run(distilling(tiny_student, short, tmp_path / "out"))
+    for options in ({"max_length": 24}, {"max_length": None}, {"packing": True}):
+        cached_trainer(tmp_path, tiny_student, short, **options)
+    whole = run(tmp_path / "whole", model=tiny_teacher, data=data, max_length=64)
+    assert max(map(len, whole.dataset()["input_ids"])) < 64
+    cached_trainer(tmp_path, tiny_student, whole, max_length=100)  # nothing was cut
 
 
 def test_a_max_length_that_leaves_nothing_of_a_cache(tmp_path, made, tiny_student):
