@@ -505,25 +505,30 @@ def tokens_hash(prepared: Dataset) -> str:
 
 
 class Extent(NamedTuple):
-    """How far tokenised examples reach."""
+    """What is in tokenised examples."""
 
     longest: int
     """Tokens of the longest sequence."""
     largest: int
     """The largest token, or 0."""
+    states: int
+    """Tokens that are learned from; never the first of a sequence, which no state precedes."""
 
 
 def extent(prepared: Dataset) -> Extent:
-    """Of examples with ``input_ids``, which may be packed as TRL does it."""
-    longest = largest = 0
+    """Of examples with ``input_ids`` and ``labels``, which may be packed as TRL does it."""
+    longest = largest = states = 0
     packed = "seq_lengths" in prepared.column_names
     for table in prepared.with_format("arrow").iter(batch_size=1024):
         ids = table["input_ids"].combine_chunks()
         tokens = ids.flatten().to_numpy()
-        sizes = table["seq_lengths"].combine_chunks().flatten() if packed else ids.value_lengths()
-        longest = max(longest, int(sizes.to_numpy().max(initial=0)))
+        column = table["seq_lengths"].combine_chunks().flatten() if packed else ids.value_lengths()
+        sizes = column.to_numpy()[column.to_numpy() > 0]
+        learned = table["labels"].combine_chunks().flatten().to_numpy() != -100
+        longest = max(longest, int(sizes.max(initial=0)))
         largest = max(largest, int(tokens.max(initial=0)))
-    return Extent(longest, largest)
+        states += int(learned.sum() - learned[np.cumsum(sizes) - sizes].sum())
+    return Extent(longest, largest, states)
 
 
 def model_files(folder: Path) -> list[Path]:

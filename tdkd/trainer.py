@@ -201,7 +201,7 @@ class TDTrainer(SFTTrainer):
         models = [student] if self.teacher is None else [student, self._unwrapped(self.teacher)]
         for name, dataset in self._datasets():
             # of a stream, and of what others collate, nothing is known
-            if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+            if isinstance(dataset, Dataset) and {"input_ids", "labels"} <= {*dataset.column_names}:
                 self._check_data(dataset, name, models)
 
     def _datasets(self) -> list[tuple[str, Any]]:
@@ -213,8 +213,13 @@ class TDTrainer(SFTTrainer):
         return found
 
     def _check_data(self, dataset: Dataset, name: str, models: list[nn.Module]) -> None:
-        """Refuses examples that the models cannot be given."""
-        longest, largest = extent(dataset)
+        """Refuses examples that the models cannot be given, and those that teach nothing."""
+        longest, largest, states = extent(dataset)
+        if not len(dataset) or not (states or self.args.lmbda):  # which writes answers
+            raise UserError(
+                f"{name}: expected a token to learn that has others before it, got none: every "
+                f"response is empty, or cut off at max_length ({self.args.max_length})"
+            )
         check_positions(longest, "max_length", *models)
         rows = min(model.config.get_text_config().vocab_size for model in models)  # type: ignore[union-attr,operator]
         if largest >= rows:

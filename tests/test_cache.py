@@ -639,6 +639,17 @@ def test_a_student_with_another_chat_template(made, tmp_path, tiny_teacher, tiny
     cached_trainer(tmp_path, other, sets)
 
 
+def test_the_extent_of_examples():
+    lists = {"input_ids": [[1, 9, 3], [], [4]], "labels": [[-100, 9, 3], [], [4]]}
+    assert caches.extent(Dataset.from_dict(lists)) == (3, 9, 2)
+    packed = {"input_ids": [[1, 2, 3, 4]], "labels": [[1, 2, -100, 4]], "seq_lengths": [[1, 3]]}
+    assert caches.extent(Dataset.from_dict(packed)) == (3, 4, 1)
+    many = Dataset.from_dict({name: column * 999 for name, column in lists.items()})
+    assert caches.extent(many) == (3, 9, 1998)
+    assert caches.extent(many.select([2, 2])) == (1, 4, 0)
+    assert caches.extent(many.select([])) == (0, 0, 0)
+
+
 def test_the_hash_of_tokens():
     """Of what is learned, where examples end, and nothing else."""
     lists = [[1, 2, 3], [4], [5, 6]]
@@ -791,7 +802,7 @@ def test_options_are_refused_by_name(tmp_path, tiny_teacher, data, capsys):
         ("--teacher-temperature", "0"): "teacher-temperature: expected a finite number > 0, got 0",
         ("--log-probs", "int8"): "log-probs: expected one of float16, bfloat16, got 'int8'",
         ("--model-dtype", "int8"): "model-dtype: expected one of",
-        ("--max-length", "2"): "data: expected an example whose response begins within 2 tokens",
+        ("--max-length", "2"): "data: expected a token to learn that has others before it, got",
         ("--served", "x"): "served: expected neither --model nor --data",
         ("--action-top-k", "65536"): "action-top-k: expected at most the 65535 members",
         ("--vocab-size", "0"): "vocab-size: expected a number >= 1, got 0",

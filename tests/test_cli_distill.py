@@ -183,7 +183,7 @@ REFUSED = {
     ),
     "negative_length": (["--max_length", "-1"], {}, "max_length: expected a number >= 1, got -1"),
     "no_eval_file": (["--eval_strategy", "steps"], {}, "eval_strategy: expected 'no' without eval"),
-    "too_short": (["--max_length", "3"], {}, "max_length: expected an example whose response"),
+    "too_short": (["--max_length", "3"], {}, "cut off at max_length (3)"),
     "lora_target": (
         ["--use_peft", "true", "--lora_target_modules", "zzz"],
         {},
@@ -351,6 +351,32 @@ def test_a_folder_of_the_users_own_is_left_alone(setting, tmp_path):
     notes.write_text("mine")
     distill.run([str(path), "--max_steps", "1"])
     assert notes.read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["distill", "cache"])
+@pytest.mark.parametrize("kind", ["text", "answer"])
+def test_data_with_nothing_to_learn_is_refused(
+    setting, tmp_path, monkeypatch, capsys, command, kind
+):
+    path, content = setting
+    cut = {**RECORDS[0], "completion": [{"role": "assistant", "content": ""}], "truncated": True}
+    data = tmp_path / "train.jsonl"
+    data.write_text((json.dumps({"text": ""} if kind == "text" else cut) + "\n") * 4)
+    arguments = [str(path), "--max_length", "None"]
+    if command == "cache":
+        arguments = ["--model", content["teacher_model_name_or_path"], "--data", str(data)]
+        arguments += ["--output", str(tmp_path / "cache"), "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["tdkd", command, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    name, limit = ("data", "-length (1024)") if command == "cache" else ("train_file", "_length (N")
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(
+        f"tdkd: {name}: expected a token to learn that has others before it, got"
+    )
+    assert f"every response is empty, or cut off at max{limit}" in last
+    assert not (tmp_path / "cache").exists()
 
 
 TURN = [{"role": "user", "content": "say"}]

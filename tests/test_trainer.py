@@ -665,6 +665,23 @@ def test_data_that_models_cannot_be_given_is_refused(tmp_path, tiny_student):
     made(conversations().to_iterable_dataset(), student=short)
 
 
+def test_data_with_nothing_to_learn_is_refused(tmp_path, tiny_teacher, tiny_student):
+    none = datasets.Dataset.from_list([{"input_ids": [1, 70], "labels": [1, -100]}] * 4)
+    message = "^{}_dataset: expected a token to learn that has others before it, got none: every"
+    with pytest.raises(UserError, match=message.format("train")):
+        trainer(tmp_path, tiny_teacher, tiny_student, none)
+    with pytest.raises(UserError, match=message.format("train")):
+        trainer(tmp_path, tiny_teacher, tiny_student, packing=True, data=none)
+    with pytest.raises(UserError, match=message.format("eval")):
+        TDTrainer(
+            load_model(tiny_student), str(tiny_teacher), config(tmp_path),
+            train_dataset=conversations(), eval_dataset=none,
+            processing_class=load_tokenizer(tiny_student),
+        )  # fmt: skip
+    some = datasets.concatenate_datasets([none, none.map(lambda x: {"labels": x["input_ids"]})])
+    trainer(tmp_path, tiny_teacher, tiny_student, some)
+
+
 def test_models_by_path(tmp_path, tiny_teacher, tiny_student):
     run = TDTrainer(
         Path(tiny_student), Path(tiny_teacher), config(tmp_path), train_dataset=conversations(),

@@ -123,7 +123,7 @@ def run(
         data, "data", own, max_length=max_length, assistant_only_loss=assistant_only_loss
     )
     teacher = load_model(model, dtype=dtype, device=processes.device, argument="model")
-    longest, largest = cache.extent(examples)
+    longest, largest, _ = cache.extent(examples)
     check_positions(longest, "max-length", teacher)
     head = lm_head(teacher)
     columns = head.weight.shape[0]

@@ -20,7 +20,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from tdkd import checkpoints, curves, records
-from tdkd.cache import MANIFEST, Cache, file_hash, folder_hash, model_files, template_hash
+from tdkd.cache import MANIFEST, Cache, extent, file_hash, folder_hash, model_files, template_hash
 from tdkd.cli.console import console, progress_bar, shown_log
 from tdkd.errors import UserError
 from tdkd.models import check_model_path, load_model, load_tokenizer
@@ -196,11 +196,6 @@ def run(args: list[str]) -> None:
             raise UserError(_of_files(str(error))) from error
         except (ValueError, ImportError) as error:  # of options that TRL or transformers refuse
             raise UserError(f"config: {error}") from error
-        if isinstance(trainer.train_dataset, Dataset) and not len(trainer.train_dataset):
-            raise UserError(
-                f"max_length: expected an example whose response begins within it, got none at "
-                f"{config.max_length}"
-            )
         if last is not None:
             console.print(f"resuming from {last}", markup=False, soft_wrap=True)
         elif trainer.is_world_process_zero():
@@ -493,9 +488,9 @@ def prepared(
     except records.UNRENDERED:
         records.check_rendered(tokenised, tokenizer, argument, template)
         raise
-    if not len(made):
+    if not len(made) or not extent(made).states:
         raise UserError(
-            f"{argument}: expected an example whose response begins within {max_length} tokens, "
-            "got none"
+            f"{argument}: expected a token to learn that has others before it, got none: every "
+            f"response is empty, or cut off at max-length ({max_length})"
         )
     return made
