@@ -540,7 +540,8 @@ class TDTrainer(SFTTrainer):
             "teacher_temperature": args.teacher_temperature,
             "teacher_softcap": head.softcap,
             "teacher_logit_scale": head.logit_scale,
-            "k": args.action_top_k,
+            # no set holds more, and memory would be taken for k
+            "k": min(args.action_top_k, head.weight.shape[0]),
             "top_p": args.action_top_p,
         }
 

@@ -682,6 +682,21 @@ def test_data_with_nothing_to_learn_is_refused(tmp_path, tiny_teacher, tiny_stud
     trainer(tmp_path, tiny_teacher, tiny_student, some)
 
 
+@pytest.mark.parametrize("target", ["none", "ema"])
+def test_a_set_takes_no_more_memory_than_the_vocabulary(
+    tmp_path, tiny_teacher, tiny_student, target
+):
+    options = {"target_network": target, "action_top_p": 1.0, "max_steps": 1}
+    runs = [
+        trainer(tmp_path, tiny_teacher, tiny_student, action_top_k=k, **options)
+        for k in (264, 2**31)
+    ]
+    for run in runs:
+        run.train()
+    assert runs[1].args.action_top_k == 2**31
+    assert losses(runs[1]) == losses(runs[0])
+
+
 def test_models_by_path(tmp_path, tiny_teacher, tiny_student):
     run = TDTrainer(
         Path(tiny_student), Path(tiny_teacher), config(tmp_path), train_dataset=conversations(),
