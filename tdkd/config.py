@@ -15,6 +15,7 @@ from tdkd.objectives import CrossEntropy, ForwardKL, IQLearn, Objective, Reverse
 from tdkd.objectives.inverse import PHIS
 
 try:
+    from transformers.utils import is_liger_kernel_available
     from trl import SFTConfig
 except (ImportError, RuntimeError) as error:  # lazy modules raise the latter
     raise missing(error) from error
@@ -67,6 +68,16 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "vllm_gpu_memory_utilization": (lambda x: 0 < x <= 1, "in (0, 1]"),
     "replay_size": (lambda x: x >= 0, ">= 0"),
     "replay_ratio": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    # of transformers, which finds them at the first step, or never
+    "learning_rate": (lambda x: 0 <= x < inf, ">= 0 and finite"),
+    "weight_decay": (lambda x: 0 <= x < inf, ">= 0 and finite"),
+    "adam_beta1": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "adam_beta2": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "adam_epsilon": (lambda x: 0 <= x < inf, ">= 0 and finite"),
+    "per_device_train_batch_size": (lambda x: x >= 1, ">= 1"),
+    "per_device_eval_batch_size": (lambda x: x >= 1, ">= 1"),
+    "gradient_accumulation_steps": (lambda x: x >= 1, ">= 1"),
+    "dataloader_num_workers": (lambda x: x >= 0, ">= 0"),
 }
 """Whether a number will do for a field of :class:`TDConfig`, and which would, in words."""
 
@@ -292,6 +303,14 @@ class TDConfig(SFTConfig):
             )
         if self.max_length is not None and self.max_length < 1:
             raise UserError(f"max_length: expected a number >= 1, got {self.max_length}")
+        for name in ("use_liger_kernel", "activation_offloading"):
+            if getattr(self, name) and (self.use_cpu or not torch.accelerator.is_available()):
+                raise UserError(f"{name}: expected False without an accelerator, got True")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise UserError(
+                "use_liger_kernel: expected False without liger-kernel (pip install liger-kernel), "
+                "got True"
+            )
         if self.bf16 is None and not torch.accelerator.is_available():  # type: ignore[has-type]
             self.bf16 = False
         super().__post_init__()
@@ -326,7 +345,8 @@ class TDConfig(SFTConfig):
             if kind == "bool" and not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         for name, (fits, expected) in RANGES.items():
-            value, kind = getattr(self, name), TDConfig.__annotations__[name]
+            value, known = getattr(self, name), self.__dataclass_fields__[name]
+            kind = TDConfig.__annotations__.get(name, type(known.default).__name__)
             if value is None and kind.endswith("| None"):
                 continue
             whole = kind.startswith("int")

@@ -642,6 +642,20 @@ class TDTrainer(SFTTrainer):
             super()._load_best_model()
         bootstrap.load_value_head(student, best)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Transformers', that says which metrics there are.
+
+        Raises:
+            UserError: ``metric_for_best_model`` is none of them.
+        """
+        known = sorted(name.removeprefix("eval_") for name in metrics if name.startswith("eval_"))
+        wanted = self.args.metric_for_best_model
+        if wanted is not None and wanted.removeprefix("eval_") not in known:
+            raise UserError(
+                f"metric_for_best_model: expected one of {', '.join(known)}, got {wanted!r}"
+            )
+        return super()._determine_best_metric(metrics, trial)
+
     def _get_output_dir(self, trial: Any) -> str:
         return self._aside or super()._get_output_dir(trial)
 

@@ -195,6 +195,13 @@ REFUSED = {
         "td_weight: expected it to be left out beside objective, got 0.3",
     ),
     "too_few_columns": (["--vocab_size", "80"], {}, "vocab_size: expected more than 2"),
+    "negative_rate": (["--learning_rate", "-1"], {}, "learning_rate: expected a number >= 0 and"),
+    "no_batch": (
+        [],
+        {"per_device_train_batch_size": 0},
+        "per_device_train_batch_size: expected a number >= 1, got 0",
+    ),
+    "no_wandb": (["--report_to", "wandb"], {}, "config: WandbCallback requires wandb to be inst"),
     "no_data": ([], {"train_file": "nowhere.jsonl"}, "train_file: expected a JSONL file"),
     "no_student": ([], {"model_name_or_path": "nowhere"}, "model_name_or_path: expected"),
     "no_teacher": ([], {"teacher_model_name_or_path": None}, "teacher_model: expected"),
@@ -204,6 +211,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_wrong_input_is_one_line(setting, monkeypatch, capsys, name):
     flags, changed, message = REFUSED[name]
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", bool)
     path, content = setting
     path.write_text(yaml.safe_dump({**content, **changed}))
     first = [] if name == "no_config" else [str(path)]

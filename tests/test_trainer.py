@@ -556,6 +556,15 @@ REFUSED = {
     "teacher_temperature": (0, "teacher_temperature: expected a number > 0 and finite, got 0"),
     "student_temperature": (float("inf"), "student_temperature: .* > 0 and finite, got inf"),
     "td_stop_gradient": ("false", "td_stop_gradient: expected true or false, got 'false'"),
+    "learning_rate": (-1, "learning_rate: expected a number >= 0 and finite, got -1"),
+    "weight_decay": (math.nan, "weight_decay: expected a number >= 0 and finite, got nan"),
+    "adam_beta1": (2, r"adam_beta1: expected a number in \[0, 1\), got 2"),
+    "adam_beta2": (1, r"adam_beta2: expected a number in \[0, 1\), got 1"),
+    "adam_epsilon": (-1, "adam_epsilon: expected a number >= 0 and finite, got -1"),
+    "per_device_train_batch_size": (0, "per_device_train_batch_size: .* >= 1, got 0"),
+    "per_device_eval_batch_size": (-1, "per_device_eval_batch_size: .* >= 1, got -1"),
+    "gradient_accumulation_steps": (0, "gradient_accumulation_steps: .* >= 1, got 0"),
+    "dataloader_num_workers": (-1, "dataloader_num_workers: expected a number >= 0, got -1"),
 }
 
 
@@ -568,6 +577,8 @@ WRONG_KINDS = {
     "lmbda": (None, r"lmbda: expected a number in \[0, 1\], got None"),
     "vocab_size": (-1, "vocab_size: expected a number >= 1, got -1"),
     "objective": (5, "objective: expected the text of a sum, got 5"),
+    "learning_rate": ("1e-3", "learning_rate: expected a number >= 0 and finite, got '1e-3'"),
+    "per_device_train_batch_size": (0.5, "per_device_train_batch_size: expected an integer >= 1"),
 }
 
 
@@ -576,6 +587,28 @@ def test_wrong_fields_are_named(tmp_path, refused):
     for name, (value, message) in refused.items():
         with pytest.raises(UserError, match=message):
             TDConfig(output_dir=str(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["use_liger_kernel", "activation_offloading"])
+def test_what_needs_an_accelerator_is_refused_without_one(tmp_path, monkeypatch, name):
+    message = f"^{name}: expected False without an accelerator, got True"
+    with pytest.raises(UserError, match=message):
+        config(tmp_path, **{name: True})
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(UserError, match=message):
+        TDConfig(output_dir=str(tmp_path), **{name: True})
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr("tdkd.config.is_liger_kernel_available", lambda: False)
+    with pytest.raises(UserError, match="use_liger_kernel: expected False without liger-kernel"):
+        TDConfig(output_dir=str(tmp_path), use_liger_kernel=True)
+
+
+def test_an_unknown_metric_is_named(tmp_path, tiny_teacher, tiny_student):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_zzz"}
+    run = evaluated(tmp_path, tiny_teacher, tiny_student, **options)
+    message = "^metric_for_best_model: expected one of .*loss, .*value_gap, got 'eval_zzz'$"
+    with pytest.raises(UserError, match=message):
+        run.train()
 
 
 def test_nothing_to_learn_is_refused(tmp_path):

@@ -194,7 +194,10 @@ def run(args: list[str]) -> None:
             )
         except UserError as error:
             raise UserError(_of_files(str(error))) from error
-        except (ValueError, ImportError) as error:  # of options that TRL or transformers refuse
+        except (ValueError, ImportError, RuntimeError) as error:
+            # of options that TRL or transformers refuse; report_to is refused by the last
+            if isinstance(error, RuntimeError) and "to be installed" not in str(error):
+                raise
             raise UserError(f"config: {error}") from error
         if last is not None:
             console.print(f"resuming from {last}", markup=False, soft_wrap=True)
