@@ -374,7 +374,7 @@ def check_head(model: PreTrainedModel, argument: str = "model") -> None:
     Four tokens go through it, twice. A model that cannot run on them alone is not judged.
 
     Raises:
-        UserError: they differ by more than rounding.
+        UserError: they are not finite, or differ by more than rounding.
     """
     ids = torch.arange(4, device=model.device).unsqueeze(0)
     with _evaluating(model):
@@ -393,6 +393,11 @@ def check_head(model: PreTrainedModel, argument: str = "model") -> None:
             )
         except (AttributeError, RuntimeError, TypeError):
             same = False
+    if not same and not logits.isfinite().all():
+        raise UserError(
+            f"{argument}: expected finite logits, got NaN or infinity from "
+            f"{model.config.model_type}; look at its weights and its dtype"
+        )
     if not same:
         raise UserError(
             f"{argument}: expected logits that are softcap(logit_scale * (hidden @ weight.T + "

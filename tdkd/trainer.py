@@ -375,6 +375,7 @@ class TDTrainer(SFTTrainer):
             )
         except records.UNRENDERED:
             if formatting_func is None:
+                _check_columns(dataset, argument, args.dataset_text_field)
                 records.check_rendered(dataset, self._tokenizer, argument, self.chat_template)
             raise
 
@@ -806,6 +807,17 @@ def _opened_cache(args: TDConfig) -> Cache:
             f"{cache.path}, got False"
         )
     return cache
+
+
+def _check_columns(dataset: Any, argument: str, text: str) -> None:
+    """Refuses a data set that TRL finds nothing to train on in; ``text``: what it calls text."""
+    found = dataset.column_names or list(next(iter(dataset), {}))
+    wanted = ["completion"] if "prompt" in found else ["messages", "conversations", text]
+    if not {"input_ids", *wanted} & {*found}:
+        raise UserError(
+            f"{argument}: expected columns prompt and completion, messages, {text} or input_ids, "
+            f"got {', '.join(sorted(found))}"
+        )
 
 
 def response_rows(tokens: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:

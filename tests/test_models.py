@@ -408,3 +408,13 @@ def test_adapters_on_the_ends_of_a_tied_model_are_merged_apart(tmp_path, targets
     torch.testing.assert_close(merged(ids).logits, expected)
     merged.save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(load_model(tmp_path / "merged")(ids).logits, expected)
+
+
+@pytest.mark.parametrize("where", ["body", "head"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_of_numbers_that_are_none_is_told_so(where, value):
+    model = small("llama", tie_word_embeddings=False)
+    weight = model.model.norm.weight if where == "body" else model.lm_head.weight
+    torch.nn.init.constant_(weight, value)
+    with pytest.raises(UserError, match="^student: expected finite logits, got NaN or infinity"):
+        check_head(model, "student")

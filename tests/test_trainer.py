@@ -945,6 +945,18 @@ def test_what_a_template_refuses_is_one_line(tmp_path, tiny_teacher, tiny_studen
         )
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("prompt", ["hi", [{"role": "user", "content": "hi"}], None])
+def test_columns_that_are_missing_are_named(tmp_path, tiny_teacher, tiny_student, prompt, streamed):
+    data = datasets.Dataset.from_list([{"question": "a"} if prompt is None else {"prompt": prompt}])
+    got = "question" if prompt is None else "prompt"
+    refused = f"^train_dataset: expected columns prompt and completion, .* input_ids, got {got}$"
+    with pytest.raises(UserError, match=refused):
+        trainer(
+            tmp_path, tiny_teacher, tiny_student, data.to_iterable_dataset() if streamed else data
+        )
+
+
 def test_cut_answers_have_no_marks_of_the_assistant(tmp_path, tiny_teacher, tiny_student):
     tokenizer = load_tokenizer(tiny_student)
     tokenizer.chat_template = (
