@@ -194,7 +194,7 @@ REFUSED = {
         {"objective": "JSD"},
         "td_weight: expected it to be left out beside objective, got 0.3",
     ),
-    "too_few_columns": (["--vocab_size", "80"], {}, "vocab_size: expected more than 2"),
+    "too_few_columns": (["--vocab_size", "80"], {}, "largest token of train_file, got 80"),
     "negative_rate": (["--learning_rate", "-1"], {}, "learning_rate: expected a number >= 0 and"),
     "no_batch": (
         [],

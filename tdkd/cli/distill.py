@@ -232,8 +232,7 @@ def run(args: list[str]) -> None:
 def _of_files(message: str) -> str:
     """What the trainer calls its data sets are files here."""
     for name in ("train", "eval"):
-        if message.startswith(f"{name}_dataset: "):
-            return message.replace("dataset", "file", 1)
+        message = message.replace(f"{name}_dataset", f"{name}_file")
     return message
 
 
