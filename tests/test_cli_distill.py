@@ -15,7 +15,8 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tdkd import cli, ops
-from tdkd.cli import distill
+from tdkd.cache import fingerprint
+from tdkd.cli import distill, settings
 from tdkd.errors import UserError
 from tdkd.models import load_model, load_tokenizer
 from tdkd.trainer import TDConfig, TDTrainer
@@ -342,14 +343,24 @@ def test_a_setting_that_a_library_did_not_have_is_not_compared(setting, tmp_path
     distill.run([str(path), "--gamma", "0.5"])
 
 
-def test_of_our_settings_few_may_differ():
-    free = {name for name in TDConfig.__annotations__ if name.startswith(distill.FREE)}
-    assert free == {
-        "generation_batch_size", "teacher_cache", "teacher_cache_verify",
-        "teacher_model_name_or_path", "vllm_gpu_memory_utilization",
-    }  # fmt: skip
+def test_settings_are_fields_that_there_are():
     known = {field.name for field in fields(TDConfig)}
-    assert not [name for name in distill.FREE if not any(x.startswith(name) for x in known)]
+    assert not (settings.THEIRS | settings.ELSEWHERE) - known
+    assert {"gamma", "objective", "action_top_k", "normaliser"} <= settings.OURS
+    assert not {"max_steps", "output_dir", "logging_steps"} & (settings.OURS | settings.THEIRS)
+
+
+def test_another_model_of_the_same_shape_has_another_fingerprint(tmp_path, tiny_student):
+    """Where a file differs in its last quarter alone, too."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        shutil.copytree(tiny_student, folder)
+    assert fingerprint(one) == fingerprint(other)
+    (weights,) = other.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[len(content) * 3 // 4 :] = bytes(len(content) - len(content) * 3 // 4)
+    weights.write_bytes(content)
+    assert fingerprint(one) != fingerprint(other)
 
 
 def test_a_folder_of_the_users_own_is_left_alone(setting, tmp_path):

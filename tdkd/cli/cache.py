@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tdkd import cache, logprobs, ops, records
 from tdkd.cli.console import console, progress_bar
-from tdkd.cli.distill import checksum, data_file, is_chat, prepared
+from tdkd.cli.distill import is_chat, prepared
+from tdkd.cli.settings import data_file
 from tdkd.errors import UserError
 from tdkd.models import (
     Head,
@@ -144,7 +145,7 @@ def run(
     if processes.is_main_process:
         _, first = next(records.lines(data, "data"))
         settings |= {
-            "teacher": {"name": Path(model).name, "sha256": checksum(Path(model), "the teacher")},
+            "teacher": {"name": Path(model).name, "sha256": _checksum(Path(model))},
             "tokenizer": cache.tokenizer_hash(own),
             "chat_template": cache.template_hash(own) if is_chat(first) else None,
             "data": data_file(Path(data)),
@@ -346,6 +347,14 @@ def _tell(made: cache.Cache, rate: str) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def _checksum(model: Path) -> str:
+    """That of a model's files; large ones take minutes."""
+    total = sum(path.stat().st_size for path in cache.model_files(model))
+    with progress_bar() as progress:
+        task = progress.add_task("bytes of the teacher's checksum", total=total)
+        return cache.folder_hash(model, lambda size: progress.update(task, advance=size))
 
 
 def _processes(device: str | None) -> PartialState:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import importlib.util
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,9 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from tdkd import checkpoints, curves, records
-from tdkd.cache import MANIFEST, Cache, extent, file_hash, folder_hash, model_files, template_hash
-from tdkd.cli.console import console, progress_bar, shown_log
+from tdkd.cache import Cache, extent
+from tdkd.cli import settings
+from tdkd.cli.console import console, shown_log
 from tdkd.errors import UserError
 from tdkd.models import check_model_path, load_model, load_tokenizer
 from tdkd.trainer import TDConfig, TDTrainer
@@ -44,34 +44,6 @@ class DataConfig:
     )
 
 
-SETTINGS = "settings.json"
-"""What the checkpoints beside it were begun with."""
-FREE = (
-    # how long
-    "max_steps", "num_train_epochs",
-    # what is told, kept and evaluated
-    "disable_tqdm", "include_", "log_", "logging_", "project", "report_to", "run_name",
-    "skip_memory_metrics", "trackio_",
-    "enable_jit_checkpoint", "greater_is_better", "hub_", "load_best_model_at_end",
-    "metric_for_best_model", "output_dir", "push_to_hub", "restore_callback_states", "resume",
-    "save_",
-    "batch_eval_metrics", "bf16_full_eval", "do_", "eval_", "fp16_full_eval",
-    "per_device_eval_batch_size", "prediction_loss_only",
-    # on which machine
-    "accelerator_config", "activation_", "auto_find_batch_size", "dataloader_num_workers",
-    "dataloader_persistent", "dataloader_pin_memory", "dataloader_prefetch",
-    "dataloader_multiprocessing", "dataset_num_proc", "ddp_", "debug", "deepspeed", "fsdp",
-    "full_determinism", "generation_batch_size", "gradient_checkpointing", "ignore_data_skip",
-    "liger_kernel_config", "local_rank", "parallelism_config", "teacher_cache_verify", "tf32",
-    "torch_compile", "torch_empty_cache_steps", "use_cache", "use_cpu", "use_liger_kernel",
-    "vllm_gpu_memory_utilization",
-    # told otherwise in the settings
-    "gradient_accumulation_steps", "per_device_train_batch_size", "teacher_cache",
-    "teacher_model_name_or_path",
-)  # fmt: skip
-"""Fields of TDConfig, or how they begin, that may differ from one call to the next."""
-ADAPTER = ("dtype", "lora_", "use_")
-"""Fields of ModelConfig, or how they begin, that may not."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Of the student's weights; auto is the checkpoint's own."""
 
@@ -167,12 +139,10 @@ def run(args: list[str]) -> None:
         train = load_data(data.train_file, "train_file", tokenizer)
         if data.eval_file is not None:
             held_out = load_data(data.eval_file, "eval_file", tokenizer)
-    settings = None
-    goes_on = last is not None and (output / SETTINGS).exists()  # else it is of an older version
-    if config.process_index == 0 and (goes_on or last is None and config.save_strategy != "no"):
-        settings = _settings(data, config, model, tokenizer)
-        if goes_on:
-            _check_settings(output / SETTINGS, settings)
+    begun = settings.settings(config, model, tokenizer, data.train_file)
+    # checkpoints without them are of an older version
+    if last is not None and (output / settings.NAME).exists():
+        settings.check(output, begun)
     # logits do not exist, so that evaluation can only give losses
     config.prediction_loss_only = True
 
@@ -202,10 +172,9 @@ def run(args: list[str]) -> None:
         if last is not None:
             console.print(f"resuming from {last}", markup=False, soft_wrap=True)
         elif trainer.is_world_process_zero():
-            if earlier := checkpoints.set_aside(output, [SETTINGS]):
+            if earlier := checkpoints.set_aside(output, [settings.NAME]):
                 console.print(f"earlier checkpoints are in {earlier}", markup=False, soft_wrap=True)
-            if settings is not None:
-                records.write_whole(output / SETTINGS, settings)
+            records.write_whole(output / settings.NAME, begun)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if last is not None and trainer.state.global_step == checkpoints.step(last):
             console.print(
@@ -270,59 +239,6 @@ def _check_options(data: DataConfig, config: TDConfig, model: ModelConfig) -> No
         raise UserError(
             f"eval_strategy: expected 'no' without eval_file, got {config.eval_strategy.value!r}"
         )
-
-
-def _settings(
-    data: DataConfig, config: TDConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    """What determines the training, as JSON has it."""
-    teacher = config.teacher_model_name_or_path
-    step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
-    settings = {
-        "model_name_or_path": _model(model.model_name_or_path or ""),
-        "teacher_model_name_or_path": None if teacher is None else _model(teacher),
-        "chat_template": template_hash(tokenizer),
-        "per_device_train_batch_size * gradient_accumulation_steps * processes": step,
-        **{name: x for name, x in vars(model).items() if name.startswith(ADAPTER)},
-        **{name: x for name, x in config.to_dict().items() if not name.startswith(FREE)},
-        "eos_token": config.eos_token,  # which to_dict hides
-    }
-    if config.teacher_cache is not None:
-        path = Cache(config.teacher_cache, verify=False).path
-        settings["teacher_cache"] = {"name": path.name, "sha256": file_hash(path / MANIFEST)}
-    else:
-        settings["train_file"] = data_file(Path(data.train_file or ""))
-    known: dict[str, Any] = json.loads(json.dumps(settings, default=str))
-    return known
-
-
-def _check_settings(place: Path, settings: dict[str, Any]) -> None:
-    """Refuses to go on with what was begun otherwise.
-
-    Raises:
-        UserError: naming the first setting that differs.
-    """
-    before = records.read_json(place, "output_dir")
-    # a field that is new in a library has no earlier value
-    both = {name: value for name, value in settings.items() if name in before}
-    records.check_settings(place, both, "give --resume false or another --output_dir")
-
-
-def _model(path: str) -> dict[str, str]:
-    return {"name": Path(path).name, "sha256": checksum(Path(path), path)}
-
-
-def checksum(model: Path, name: str) -> str:
-    """That of a model's files; large ones take minutes."""
-    total = sum(path.stat().st_size for path in model_files(model))
-    with progress_bar() as progress:
-        task = progress.add_task(f"bytes of the checksum of {name}", total=total)
-        return folder_hash(model, lambda size: progress.update(task, advance=size))
-
-
-def data_file(path: Path) -> dict[str, str]:
-    """Name and checksum of a file of records."""
-    return {"name": path.name, "sha256": file_hash(path)}
 
 
 def save_whole(trainer: TDTrainer, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
