@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Literal, get_args, get_type_hints
 
 import torch
 
@@ -78,6 +79,9 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "per_device_eval_batch_size": (lambda x: x >= 1, ">= 1"),
     "gradient_accumulation_steps": (lambda x: x >= 1, ">= 1"),
     "dataloader_num_workers": (lambda x: x >= 0, ">= 0"),
+    "num_train_epochs": (lambda x: 0 < x < inf, "> 0 and finite"),
+    "max_length": (lambda x: x >= 1, ">= 1"),
+    "neftune_noise_alpha": (lambda x: 0 <= x < inf, ">= 0 and finite"),
 }
 """Whether a number will do for a field of :class:`TDConfig`, and which would, in words."""
 
@@ -301,8 +305,11 @@ class TDConfig(SFTConfig):
             raise UserError(
                 "trust_remote_code: expected False, since code of a model is never run, got True"
             )
-        if self.max_length is not None and self.max_length < 1:
-            raise UserError(f"max_length: expected a number >= 1, got {self.max_length}")
+        template = self.chat_template_path
+        if template is not None and not Path(template).exists():  # nothing is downloaded
+            raise UserError(
+                f"chat_template_path: expected a .jinja file or a model's directory, got {template}"
+            )
         for name in ("use_liger_kernel", "activation_offloading"):
             if getattr(self, name) and (self.use_cpu or not torch.accelerator.is_available()):
                 raise UserError(f"{name}: expected False without an accelerator, got True")
@@ -344,12 +351,12 @@ class TDConfig(SFTConfig):
         for name, kind in TDConfig.__annotations__.items():
             if kind == "bool" and not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+        kinds = get_type_hints(TDConfig)
         for name, (fits, expected) in RANGES.items():
-            value, known = getattr(self, name), self.__dataclass_fields__[name]
-            kind = TDConfig.__annotations__.get(name, type(known.default).__name__)
-            if value is None and kind.endswith("| None"):
+            value, kind = getattr(self, name), kinds[name]
+            if value is None and type(None) in get_args(kind):
                 continue
-            whole = kind.startswith("int")
+            whole = int in (kind, *get_args(kind))
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
                 number = "an integer" if whole else "a number"
                 raise UserError(f"{name}: expected {number} {expected}, got {value!r}")

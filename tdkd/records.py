@@ -300,6 +300,8 @@ def check_settings(
         UserError: one of them is another.
     """
     before = read_json(path)
+    if not isinstance(before, dict):
+        raise UserError(f"output: expected an object in {path}, got {before!r:.40}")
     for name, value in settings.items():
         if before.get(name) != value:
             raise UserError(

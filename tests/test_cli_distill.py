@@ -341,6 +341,9 @@ def test_a_setting_that_a_library_did_not_have_is_not_compared(setting, tmp_path
     del before["gamma"]
     place.write_text(json.dumps({**before, "forgotten": 1}))
     distill.run([str(path), "--gamma", "0.5"])
+    place.write_text("[]")
+    with pytest.raises(UserError, match=r"expected an object in .*settings.json, got \[\]"):
+        distill.run([str(path)])
 
 
 def test_settings_are_fields_that_there_are():

@@ -565,6 +565,9 @@ REFUSED = {
     "per_device_eval_batch_size": (-1, "per_device_eval_batch_size: .* >= 1, got -1"),
     "gradient_accumulation_steps": (0, "gradient_accumulation_steps: .* >= 1, got 0"),
     "dataloader_num_workers": (-1, "dataloader_num_workers: expected a number >= 0, got -1"),
+    "num_train_epochs": (0, "num_train_epochs: expected a number > 0 and finite, got 0"),
+    "neftune_noise_alpha": (-1, "neftune_noise_alpha: expected a number >= 0 and finite, got -1"),
+    "chat_template_path": ("some/model", r"chat_template_path: expected a .jinja .*got some/model"),
 }
 
 
