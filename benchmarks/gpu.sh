@@ -3,9 +3,9 @@
 #     benchmarks/gpu.sh                 results in ${OUT:-benchmarks/results}, a short table last
 #     REHEARSE=1 benchmarks/gpu.sh      the same stages on CPU at tiny shapes (build/rehearsal)
 # ${PYTHON:-python3} must hold torch; STAGES="bench table" runs these alone. Left out unless named:
-# tune, for an architecture that is new, and routes, for the bounds of tdkd/kernels/routes.py and the
-# files of sets that SETS names. Every stage has a limit, and none that fails or runs late costs the
-# others. Exits with 0 where all of them passed.
+# tune, for an architecture that is new, and routes, for the bounds of tdkd/kernels/routes.py and
+# losses on the sets of 8,192 rows in benchmarks/sets. Every stage has a limit, and none that fails or
+# runs late costs the others. Exits with 0 where all of them passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -191,12 +191,11 @@ tune() {
 
 bench() { timed --suite gpu --name gpu --budget "$BUDGET"; }
 
-# Every way that the rule of tdkd/kernels/routes.py chooses from; then losses on sets of one's own.
+# Every way that the rule of tdkd/kernels/routes.py chooses from; then losses on a teacher's sets.
 routes() {
-    timed --suite gpu-routes --name gpu-routes --budget "$BUDGET" || return
     local file options=()
-    for file in ${SETS:-}; do options+=(--sets "$file"); done
-    [[ -z ${SETS:-} ]] ||
+    for file in benchmarks/sets/*.npz; do options+=(--sets "$file"); done
+    timed --suite gpu-routes --name gpu-routes --budget "$BUDGET" &&
         timed --suite gpu --op linear_td_loss --name gpu-sets --budget 60 --no-compile "${options[@]}"
 }
 

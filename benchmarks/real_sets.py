@@ -1,7 +1,7 @@
 """Writes tdkd/benchmark/sets.npz: the action sets of a real teacher, for the benchmark.
 
     python benchmarks/real_sets.py --models runs/demo
-    python benchmarks/real_sets.py --rows 8192 --top-p 1 --output build/sets-8192-p1.npz
+    python benchmarks/real_sets.py --rows 8192 --top-p 1 --output benchmarks/sets/8192-p1.npz
 
 SmolLM2-135M-Instruct reads answers that it wrote itself (`make demo`): the sets of the first 2,048
 positions, k = 64, p = 0.8, the taken token in. Ids alone: no text, no probabilities. Others are for

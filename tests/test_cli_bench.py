@@ -588,6 +588,15 @@ def test_real_sets_are_those_that_were_measured():
     assert actions.mass.tolist() == pytest.approx([0.85] * 2048)
 
 
+@pytest.mark.parametrize("name,distinct", [("8192-p0.8", 13_455), ("8192-p1", 26_148)])
+def test_sets_of_as_many_rows_as_a_gpu_takes(name, distinct):
+    path = ROOT / "benchmarks" / "sets" / f"{name}.npz"
+    case = Case("linear_td_loss", 8192, 49_152, sets=str(path))
+    actions, tokens = action_sets(case, torch.Generator())
+    assert len(tokens) == 8192
+    assert actions.ids[actions.ids >= 0].unique().numel() == distinct  # as benchmarks/README.md says
+
+
 def test_sets_of_ones_own(tmp_path):
     """A file of three sets, for more rows than it has; the taken token is always a member."""
     path = tmp_path / "own.npz"
