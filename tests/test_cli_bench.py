@@ -594,7 +594,8 @@ def test_sets_of_as_many_rows_as_a_gpu_takes(name, distinct):
     case = Case("linear_td_loss", 8192, 49_152, sets=str(path))
     actions, tokens = action_sets(case, torch.Generator())
     assert len(tokens) == 8192
-    assert actions.ids[actions.ids >= 0].unique().numel() == distinct  # as benchmarks/README.md says
+    # as benchmarks/README.md says
+    assert actions.ids[actions.ids >= 0].unique().numel() == distinct
 
 
 def test_sets_of_ones_own(tmp_path):
