@@ -555,7 +555,7 @@ def folder_hash(folder: Path, advance: Callable[[int], object] | None = None) ->
 def fingerprint(folder: Path) -> str:
     """sha256 of the names and sizes of :func:`model_files`, and of some of their bytes.
 
-    It takes no time, and training changes it; whether every byte is the same it cannot tell.
+    It takes no time, and tells a wrong path; that every byte is the same it cannot tell.
     """
     digest = hashlib.sha256()
     for path in model_files(folder):

@@ -289,11 +289,11 @@ class TDTrainer(SFTTrainer):
             cache.check_vocabulary(self.args.vocab_size, "vocab_size")
         collator = Collator(self.data_collator, cache)
         self.data_collator = collator
-        for _, dataset in self._datasets():
+        for name, dataset in self._datasets():
             first = next(iter(dataset), None)
             if first is None:
                 raise UserError(
-                    "train_file: expected at least one example, got none that max_length "
+                    f"{name}: expected at least one example, got none that max_length "
                     f"({self.args.max_length}) leaves an answer of"
                 )
             # says at once where examples are of another origin

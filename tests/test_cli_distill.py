@@ -375,25 +375,34 @@ def test_a_folder_of_the_users_own_is_left_alone(setting, tmp_path):
     assert notes.read_text() == "mine"
 
 
+@pytest.fixture
+def refusal(setting, tmp_path, monkeypatch, capsys):
+    """The line in which a command refuses records, with exit code 2."""
+    path, content = setting
+
+    def of(command, records, *more):
+        data = tmp_path / "train.jsonl"
+        data.write_text("".join(json.dumps(record) + "\n" for record in records))
+        arguments = [str(path), *more]
+        if command == "cache":
+            arguments = ["--model", content["teacher_model_name_or_path"], "--data", str(data)]
+            arguments += ["--output", str(tmp_path / "cache"), "--device", "cpu"]
+        monkeypatch.setattr("sys.argv", ["tdkd", command, *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    return of
+
+
 @pytest.mark.parametrize("command", ["distill", "cache"])
 @pytest.mark.parametrize("kind", ["text", "answer"])
-def test_data_with_nothing_to_learn_is_refused(
-    setting, tmp_path, monkeypatch, capsys, command, kind
-):
-    path, content = setting
+def test_data_with_nothing_to_learn_is_refused(refusal, tmp_path, command, kind):
     cut = {**RECORDS[0], "completion": [{"role": "assistant", "content": ""}], "truncated": True}
-    data = tmp_path / "train.jsonl"
-    data.write_text((json.dumps({"text": ""} if kind == "text" else cut) + "\n") * 4)
-    arguments = [str(path), "--max_length", "None"]
-    if command == "cache":
-        arguments = ["--model", content["teacher_model_name_or_path"], "--data", str(data)]
-        arguments += ["--output", str(tmp_path / "cache"), "--device", "cpu"]
-    monkeypatch.setattr("sys.argv", ["tdkd", command, *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 2
+    records = [{"text": ""} if kind == "text" else cut] * 4
+    last = refusal(command, records, "--max_length", "None")
     name, limit = ("data", "-length (1024)") if command == "cache" else ("train_file", "_length (N")
-    last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(
         f"tdkd: {name}: expected a token to learn that has others before it, got"
     )
@@ -442,19 +451,6 @@ KWARGS = {"chat_template_kwargs": {"mood": "calm"}}
     ],
     ids=["chat_text", "text_chat", "null", "kwargs", "tools", "several", "plain"],
 )
-def test_what_cannot_be_prepared_is_one_line(
-    setting, tmp_path, monkeypatch, capsys, command, records, message
-):
-    path, content = setting
-    data = tmp_path / "train.jsonl"
-    data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    arguments = [str(path)]
-    if command == "cache":
-        arguments = ["--model", content["teacher_model_name_or_path"], "--data", str(data)]
-        arguments += ["--output", str(tmp_path / "cache"), "--device", "cpu"]
-    monkeypatch.setattr("sys.argv", ["tdkd", command, *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
+def test_what_cannot_be_prepared_is_one_line(refusal, command, records, message):
+    last = refusal(command, records)
     assert last.startswith(f"tdkd: {'data' if command == 'cache' else 'train_file'}: {message}")
