@@ -588,14 +588,15 @@ def _read_manifest(place: Path, argument: str) -> Manifest:
             f"without {MANIFEST}"
         )
     given = records.read_json(place, argument)
-    form = given.get("format") if isinstance(given, dict) else None
+    form = given.get("format")
     if form != FORMAT:
         raise UserError(
             f"{argument}: expected format {FORMAT} in {place}, got {form}; run tdkd cache again"
         )
     known = [field.name for field in fields(Manifest)]
     lost = [name for name in known if name not in given]
-    if not lost and not all(map(_tells, given["shards"])):
+    shards = given.get("shards")
+    if not lost and not (isinstance(shards, list) and all(map(_tells, shards))):
         lost = [f"{', '.join(TOLD)} of each shard"]
     if lost:
         raise UserError(

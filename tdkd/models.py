@@ -338,6 +338,32 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def generating(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Around ``model.generate``: eval mode (without dropout and gradient checkpointing, which would
+    refuse the cache), eager, with ``config`` as the model's own, whose penalties must not enter.
+    All is put back."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        # a compiled body would be traced again for every length
+        with _evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.generation_config = own
+
+
+def left_padded(
+    prompts: list[list[int]], pad_token_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask ``[B, T]`` of prompts, padded on the left, as ``generate`` takes them."""
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    ids = [[pad_token_id] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
+    real = [[0] * n + [1] * (width - n) for n in padding]
+    return torch.tensor(ids, device=device), torch.tensor(real, device=device)
+
+
 @torch.no_grad()
 def check_packed(model: PreTrainedModel, argument: str = "model") -> None:
     """Refuses a model that reads across the sequences of a padding-free batch, whose limits the

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tdkd.bootstrap import without_value_head
 from tdkd.errors import UserError, missing
-from tdkd.models import backbone, lm_head
+from tdkd.models import backbone, generating, left_padded, lm_head
 from tdkd.objectives import Objective
 
 try:
@@ -70,7 +70,7 @@ class Sampling:
         """Tokens that the answer to a prompt may have.
 
         Raises:
-            UserError: none.
+            UserError: there is no room for one.
         """
         if self.positions is None:
             return self.max_completion_length
@@ -178,24 +178,6 @@ class Sampler(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(-1, token.unsqueeze(-1), 0.0)
 
 
-@contextmanager
-def generating(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Eval mode (without dropout and gradient checkpointing, which would refuse the cache), eager,
-    with ``config`` as the model's own, whose penalties must not enter. All is put back."""
-    training = [module for module in model.modules() if module.training]
-    own = model.generation_config
-    model.eval()
-    model.generation_config = config
-    try:
-        # a compiled body would be traced again for every length
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        model.generation_config = own
-        for module in training:
-            module.training = True
-
-
 def sample(
     student: nn.Module,
     prompts: list[Tokens],
@@ -233,7 +215,7 @@ def sample(
     mixed = teacher if sampling.teacher_mixture else None
     answers: dict[int, Tokens] = {}
     for rows, room in _together(prompts, sampling, batch_size):
-        ids, mask = _padded([prompts[i] for i in rows], pad_token_id, model.device)
+        ids, mask = left_padded([prompts[i] for i in rows], pad_token_id, model.device)
         config = GenerationConfig(
             max_new_tokens=room, do_sample=False, eos_token_id=eos, pad_token_id=pad_token_id
         )
@@ -267,15 +249,6 @@ def _together(
         size = batch_size or len(rows)
         for first in range(0, len(rows), size):
             yield rows[first : first + size], here
-
-
-def _padded(prompts: list[Tokens], pad_token_id: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Ids and mask ``[B, T]``, padded on the left."""
-    width = max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]
-    ids = [[pad_token_id] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
-    real = [[0] * n + [1] * (width - n) for n in padding]
-    return torch.tensor(ids, device=device), torch.tensor(real, device=device)
 
 
 def _ended(tokens: Tokens, eos: list[int]) -> Tokens:

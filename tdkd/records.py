@@ -275,16 +275,19 @@ def write_figure(path: Path, figure: Any, dpi: int = 120) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def read_json(path: Path, argument: str = "output") -> Any:
-    """What :func:`write_whole` wrote.
+def read_json(path: Path, argument: str = "output") -> dict[str, Any]:
+    """The object that :func:`write_whole` wrote.
 
     Raises:
-        UserError: it is no JSON any more, or cannot be read.
+        UserError: it is no JSON any more, no object, or cannot be read.
     """
     try:
-        return json.loads(path.read_bytes())
+        held = json.loads(path.read_bytes())
     except (OSError, *_BROKEN) as error:
         raise UserError(f"{argument}: expected JSON in {path}, got {error}") from error
+    if not isinstance(held, dict):
+        raise UserError(f"{argument}: expected an object in {path}, got {held!r:.40}")
+    return held
 
 
 def check_settings(
@@ -300,8 +303,6 @@ def check_settings(
         UserError: one of them is another.
     """
     before = read_json(path)
-    if not isinstance(before, dict):
-        raise UserError(f"output: expected an object in {path}, got {before!r:.40}")
     for name, value in settings.items():
         if before.get(name) != value:
             raise UserError(
@@ -555,7 +556,9 @@ def encode_truncated(
     if "truncated" not in columns or "input_ids" in columns:
         return dataset
     dataset = dataset.with_format(None)  # else arrays of torch or NumPy stand for what is JSON
-    first = next(iter(dataset))
+    first = next(iter(dataset), None)
+    if first is None:
+        return dataset
     if not all(isinstance(first.get(name), list) for name in ("prompt", "completion")):
         raise UserError(
             f"{argument}: expected chat messages as prompt and completion where records say "

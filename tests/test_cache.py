@@ -470,7 +470,11 @@ def test_another_teacher_or_option_does_not_go_on(tmp_path, tiny_teacher, tiny_s
     settings = json.loads((tmp_path / "c" / "settings.json").read_text())
     assert settings["tokens_sha256"] == Cache(tmp_path / "c").manifest.tokens_sha256
     settings["tokens_sha256"] = "0" * 64
-    (tmp_path / "c" / "settings.json").write_text(json.dumps(settings))
+    place = tmp_path / "c" / "settings.json"
+    place.write_text("null")
+    with pytest.raises(UserError, match="output: expected an object in .*settings.json, got None"):
+        run(tmp_path / "c", model=tiny_teacher, data=data)
+    place.write_text(json.dumps(settings))
     with pytest.raises(UserError, match="tokens_sha256: .*writes today's date .*chat_template_kw"):
         run(tmp_path / "c", model=tiny_teacher, data=data)
     with pytest.raises(UserError, match="action_top_k: expected 6 as in .*, got 5; choose"):
@@ -506,7 +510,9 @@ def test_a_manifest_that_lacks_something_is_refused(made, tmp_path):
     short = {name: value for name, value in whole.items() if name not in ("tail", "data")}
     for content, words in (
         (json.dumps({**whole, "format": 1}), "expected format 2 in .*, got 1; run tdkd cache"),
-        ("[]", "expected format 2 in .*, got None; run tdkd cache again"),
+        ("{}", "expected format 2 in .*, got None; run tdkd cache again"),
+        ("[]", r"sets: expected an object in .*manifest.json, got \[\]"),
+        (json.dumps({**whole, "shards": 5}), "sets: expected file, .* of each shard in .*"),
         ("", "sets: expected JSON in .*manifest.json"),
         (json.dumps(short), "sets: expected data, tail in .*manifest.json, got none; run tdkd"),
         (

@@ -341,9 +341,17 @@ def test_a_setting_that_a_library_did_not_have_is_not_compared(setting, tmp_path
     del before["gamma"]
     place.write_text(json.dumps({**before, "forgotten": 1}))
     distill.run([str(path), "--gamma", "0.5"])
-    place.write_text("[]")
-    with pytest.raises(UserError, match=r"expected an object in .*settings.json, got \[\]"):
+    place.write_text("5")
+    with pytest.raises(UserError, match="expected an object in .*settings.json, got 5"):
         distill.run([str(path)])
+
+
+def test_data_sets_are_called_files_but_where_a_path_has_their_name():
+    said = (
+        "eval_dataset: expected rows in /data/train_dataset/eval_dataset.jsonl, not train_dataset"
+    )
+    told = "eval_file: expected rows in /data/train_dataset/eval_dataset.jsonl, not train_file"
+    assert distill._of_files(said) == told
 
 
 def test_settings_are_fields_that_there_are():

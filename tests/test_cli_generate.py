@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -88,6 +89,22 @@ def test_greedy_answers_do_not_depend_on_the_batch(writer):
         ended = row[-1] == tokenizer.eos_token_id
         assert tokens == (row[len(ids) : -1] if ended else row[len(ids) :])
         assert truncated is not ended
+
+
+@pytest.mark.parametrize("count", [1, 3], ids=["alone", "shared prompt"])
+def test_penalties_of_a_model_do_not_enter(writer, count):
+    model, tokenizer = load_model(writer), load_tokenizer(writer)
+    ids = [records.Chat(tokenizer).prompt({"prompt": "why?"})] * count
+    for temperature in (0.0, 1.0):
+        draw = partial(
+            command.sample, model, tokenizer, ids, max_new_tokens=10, temperature=temperature
+        )
+        model.generation_config = transformers.GenerationConfig()
+        plain = draw()
+        model.generation_config = transformers.GenerationConfig(
+            repetition_penalty=9.0, no_repeat_ngram_size=1
+        )
+        assert draw() == plain
 
 
 def test_a_shared_prompt_is_read_once_and_changes_nothing(writer):

@@ -125,6 +125,17 @@ def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path, room):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "5"])
+def test_a_json_file_of_something_else_is_refused(tmp_path, content):
+    path = tmp_path / "state.json"
+    path.write_text(content)
+    words = f"^output: expected an object in {path}, got "
+    with pytest.raises(UserError, match=words):
+        records.read_json(path)
+    with pytest.raises(UserError, match=words):
+        records.check_settings(path, {"batches": 1})
+
+
 @pytest.mark.parametrize("room", [700, 900])
 def test_generate_goes_on_when_there_is_room_again(monkeypatch, capsys, tmp_path, generating, room):
     assert call(monkeypatch, capsys, *generating, tmp_path / "one" / "data.jsonl")[0] == 0

@@ -931,6 +931,12 @@ def test_records_that_cannot_be_cut(tmp_path, tiny_teacher, tiny_student, change
         trainer(tmp_path, tiny_teacher, tiny_student, data)
 
 
+def test_no_records_that_say_truncated(tiny_student):
+    empty = datasets.Dataset.from_dict({"prompt": [], "completion": [], "truncated": []})
+    encoded = records.encode_truncated(empty, load_tokenizer(tiny_student), "eval_dataset")
+    assert len(encoded) == 0
+
+
 def test_what_a_template_refuses_is_one_line(tmp_path, tiny_teacher, tiny_student):
     tokenizer = load_tokenizer(tiny_student)
     refuse = "{% if messages|length > 2 %}{{ raise_exception('two turns') }}{% endif %}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,7 +202,8 @@ def run(args: list[str]) -> None:
 def _of_files(message: str) -> str:
     """What the trainer calls its data sets are files here."""
     for name in ("train", "eval"):
-        message = message.replace(f"{name}_dataset", f"{name}_file")
+        # a path may hold the name as well
+        message = re.sub(rf"(?<![/\w]){name}_dataset(?![/\w])", f"{name}_file", message)
     return message
 
 

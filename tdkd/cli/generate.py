@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -21,7 +22,14 @@ from transformers import (
 from tdkd import records
 from tdkd.cli.console import console, progress_bar
 from tdkd.errors import UserError
-from tdkd.models import check_positions, eos_token_ids, load_model, load_tokenizer
+from tdkd.models import (
+    check_positions,
+    eos_token_ids,
+    generating,
+    left_padded,
+    load_model,
+    load_tokenizer,
+)
 
 
 class TopKSampler(LogitsProcessor):
@@ -57,40 +65,33 @@ def sample(
 ) -> list[tuple[list[int], bool]]:
     """One continuation of each prompt, sampled from the top-k (``temperature=0``: greedy).
 
+    The law is the model's logits alone: no penalty of its generation config enters.
+
     Returns:
         For each prompt the new tokens without the stop token, and whether they were cut off.
     """
     stop = eos_token_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor(
-        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
+    ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
+    width = ids.shape[1]
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=tokenizer.pad_token_id,
     )
     options: dict[str, Any] = {}
     if temperature > 0:
         generator = torch.Generator().manual_seed(seed)
         sampler = TopKSampler(top_k, temperature, generator)
         options["logits_processor"] = LogitsProcessorList([sampler])
-    with torch.inference_mode():
+    with generating(model, config):
         if len(prompts) > 1 and width > 1 and all(p == prompts[0] for p in prompts):
             # one row computes what all of them share
             cache = DynamicCache(config=model.config)
             model(ids[:1, :-1], past_key_values=cache, logits_to_keep=1)
             cache.batch_repeat_interleave(len(prompts))
             options["past_key_values"] = cache
-        out = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=stop,
-            pad_token_id=pad,
-            **options,
-        )
+        out = model.generate(ids, attention_mask=mask, generation_config=config, **options)
     result = []
     for row in out[:, width:].tolist():
         end = next((i for i, token in enumerate(row) if token in stop), None)
@@ -238,7 +239,7 @@ def _write_prompts(
     state_path = out.with_name(out.name + ".prompts.json")
     state: dict[str, Any] = {"batches": 0, "prompts": []}
     if state_path.exists():
-        state = records.read_json(state_path)
+        state |= records.read_json(state_path)
     opening = _user_opening(tokenizer)
     with progress_bar() as progress:
         task = progress.add_task("prompts", total=num_examples, completed=len(state["prompts"]))
