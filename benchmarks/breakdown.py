@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from tdkd import records
 from tdkd.benchmark.cases import SUITES, Case, Run, make_inputs
 from tdkd.benchmark.measure import reason
-from tdkd.benchmark.report import aligned, environment, make_directory, write_json
+from tdkd.benchmark.report import aligned, environment
 from tdkd.benchmark.rivals import rivals_of
 
 BARE = ("three products", "one product")
@@ -91,8 +92,8 @@ def main() -> int:
         torch.cuda.empty_cache()
         if options.output:  # after each case: the stage has a limit
             path = Path(options.output)
-            make_directory(path.parent)
-            write_json(path, {**environment("cuda"), "calls": CALLS, "cases": cases})
+            records.check_directory(path.parent, "output")
+            records.write_whole(path, {**environment("cuda"), "calls": CALLS, "cases": cases})
     return 0
 
 

@@ -165,7 +165,7 @@ def kernel_of(job: Job) -> tuple[Any, dict[str, Any], int, int]:
         warps = student_rows.finish_warps(k, size)
         return student_rows._finish, plain | extra | {"GROUPS": size}, warps, 0
     if job.kernel == "scatter":
-        return rows._scatter_rows, plain | {"K": k}, rows.scatter_warps(k), 0
+        return rows._scatter_rows, plain | {"K": k}, rows.slot_warps(k), 0
     if job.kernel == "gather":
         return gather_q._gather, {"CAPPED": False, "K": k}, 1, 0
     if job.kernel in ("soft_value", "soft_value_grad"):
@@ -178,7 +178,7 @@ def kernel_of(job: Job) -> tuple[Any, dict[str, Any], int, int]:
     }
     if job.kernel == "forward_kl":
         constants = {"TAIL": True, "LOG_PROB": True, "K": k}
-        return linear_rows._forward_kl, constants, linear_rows.warps(k), 0
+        return linear_rows._forward_kl, constants, rows.slot_warps(k), 0
     if job.kernel.startswith("head"):
         function = getattr(linear_gather_q, job.kernel.removeprefix("head"))
         columns = {"COLUMNS": linear_gather_q.columns_of(getattr(torch, job.dtype))}

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     options = parser.parse_args(arguments)
     records.check_at_least(1, rows=options.rows, rounds=options.rounds)
-    report.make_directory(options.output.parent)
+    records.check_directory(options.output.parent, "output")
     with tempfile.TemporaryDirectory() as scratch:
         kept, sizes, vocab, hidden = sets_of(options.models, options.rows, Path(scratch))
         case = Case("linear_td_loss", options.rows, vocab, k=K, hidden=hidden, sets="both")
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     print(report.table(report.Measured(case, results)))
     print(sizes)
-    report.write_json(options.output, run)
+    records.write_whole(options.output, run)
     return run
 
 

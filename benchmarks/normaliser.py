@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tdkd import ops, records
-from tdkd.benchmark.report import environment, write_json
+from tdkd.benchmark.report import environment
 from tdkd.cli.evaluate import collate
 from tdkd.models import last_hidden_state, lm_head, load_model, load_tokenizer
 from tdkd.objectives import ForwardKL
@@ -88,7 +88,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if options.json:
         drawn = {"answers": options.answers, "draws": options.draws, "top_p": options.top_p}
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(options.json, {"date": date, **environment(), **drawn, "students": students})
+        records.write_whole(
+            options.json, {"date": date, **environment(), **drawn, "students": students}
+        )
 
 
 def measure(

@@ -35,7 +35,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from tdkd import ops, records
 from tdkd.benchmark.cases import Inputs
 from tdkd.benchmark.measure import order, peak_extra_bytes, quartiles, reason
-from tdkd.benchmark.report import aligned, environment, make_directory, write_json
+from tdkd.benchmark.report import aligned, environment
 from tdkd.benchmark.rivals import Impl, Skip
 from tdkd.cli.cache import run as keep_sets
 from tdkd.errors import UserError
@@ -313,7 +313,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         print(table(shown))
         return shown
     records.check_at_least(1, steps=options.steps)
-    make_directory(options.output.parent)
+    records.check_directory(options.output.parent, "output")
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as scratch:
         setup, named = prepared(options.models, options.device, scratch)
@@ -331,7 +331,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "rivals": [result._asdict() for result in results],
     }
     print(table(run))
-    write_json(options.output, run)
+    records.write_whole(options.output, run)
     return run
 
 

@@ -29,7 +29,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from tdkd import records
 from tdkd.benchmark.measure import quartiles
-from tdkd.benchmark.report import aligned, environment, make_directory, write_json
+from tdkd.benchmark.report import aligned, environment
 from tdkd.cache import Cache, Collator
 from tdkd.cli.cache import run as keep_sets
 from tdkd.errors import UserError
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     records.check_at_least(BATCH, examples=options.examples)
     records.check_at_least(1, rounds=options.rounds)
-    make_directory(options.output.parent)
+    records.check_directory(options.output.parent, "output")
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as scratch:
         setup = prepared(options.models, options.examples, Path(scratch))
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "memory": memory(setup, caches[SETTINGS[0].name]),
         }
     print(table(run))
-    write_json(options.output, run)
+    records.write_whole(options.output, run)
     return run
 
 

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tdkd import ops
+from tdkd import ops, records
 from tdkd.benchmark.cases import DEVICES, Case, Inputs, make_inputs
 from tdkd.benchmark.measure import Clock, order, reason
-from tdkd.benchmark.report import aligned, make_directory, write_json
+from tdkd.benchmark.report import aligned
 from tdkd.errors import UserError
 from tdkd.kernels import tuning
 from tdkd.kernels.student_rows import student_rows
@@ -165,8 +165,10 @@ def tune(options: argparse.Namespace) -> None:
         print("nothing is written")
         return
     path = Path(output)
-    make_directory(path.parent)
-    write_json(path, merged(path, tuning.architecture(torch.device(options.device)), winners))
+    records.check_directory(path.parent, "output")
+    records.write_whole(
+        path, merged(path, tuning.architecture(torch.device(options.device)), winners)
+    )
     print(f"written to {path.name}")
 
 

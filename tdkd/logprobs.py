@@ -30,6 +30,7 @@ import numpy as np
 from tdkd import records
 from tdkd.cache import Example
 from tdkd.errors import UserError
+from tdkd.kernels.select_actions.reference import REACHED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -355,7 +356,7 @@ class _Reader:
         chosen: dict[int, float] = {}
         mass = 0.0
         for i, x in sorted(log_probs.items(), key=lambda item: (-item[1], item[0])):
-            if x <= UNKNOWN or len(chosen) == self.k or mass >= self.top_p * (1 - 1e-5):
+            if x <= UNKNOWN or len(chosen) == self.k or mass >= self.top_p * REACHED:
                 break
             chosen[i] = min(x, 0.0)
             mass += math.exp(x)

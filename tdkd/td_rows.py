@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tdkd.kernels.td_target.reference import next_value, td_target
+from tdkd.kernels.td_target.reference import td_target
 from tdkd.objectives import Objective
-from tdkd.types import Rows
+from tdkd.types import Rows, following
 
 FLOOR = -10.0
 """Lowest Q of the level ``"shifted"``, nats below the largest of the set."""
@@ -167,11 +167,11 @@ class TDRows:
         """``[N]``: V' of each row's successor, of the target network where there is one."""
         given = value if self.target_value is None else self.target_value.to(value.dtype)
         # at gamma = 0 an infinite V' is of no concern
-        return next_value(given, self.successor if self.gamma else self.successor.clamp(max=-1))
+        return following(given, self.successor if self.gamma else self.successor.clamp(max=-1))
 
-    def td_error(self, q: Tensor, following: Tensor) -> Tensor:
+    def td_error(self, q: Tensor, ahead: Tensor) -> Tensor:
         """``[N]``: Q of the taken token less gamma V'; 0 where V' is unknown."""
-        return torch.where(self.bootstrapped, q - self.gamma * following, 0.0)
+        return torch.where(self.bootstrapped, q - self.gamma * ahead, 0.0)
 
     def __call__(self, z: Tensor, log_rest: Tensor | None) -> RowTerms:
         """The terms of each row, from the student's scaled logits on the sets ``z [N, k]`` and the

@@ -175,22 +175,6 @@ def head_case(dtype: torch.dtype, width: int, seed: int = 0) -> HeadCase:
     return HeadCase(hidden, weight, bias, ids, torch.randn(ids.shape, generator=generator))
 
 
-GPU_OPS = {
-    "select_actions": ("select_actions",),
-    "gather_q": ("gather_q", "gather_q_backward"),
-    "linear_gather_q": ("head_products", "head_products_backward"),
-    "soft_value": ("soft_value", "soft_value_backward"),
-    "student_rows": (
-        "student_rows",
-        "student_rows_backward",
-        "student_rows_backward_",
-        "student_rows_backward_as",
-    ),
-    "td_target": ("td_target", "td_target_backward"),
-}
-"""Where the Triton kernels live, and which ops each home implements."""
-
-
 def memory_events(call: Callable[[], object]) -> list[int]:
     """Bytes of each tensor that a call allocates on CPU (positive) and frees, in order.
 
@@ -294,18 +278,15 @@ def interpreted() -> Iterator[None]:
         raise UserError("device: expected cuda, or TRITON_INTERPRET=1 in the environment, got cpu")
     library = torch.library.Library("tdkd", "IMPL")
     missing, backends.MISSING = backends.MISSING, None
-    backends.HALF_HIDDEN.add("cpu")
-    backends.BY_PANELS.discard("cpu")
+    backends.TRITON.add("cpu")
     try:
-        for home, names in GPU_OPS.items():
-            module = importlib.import_module(f"tdkd.kernels.{home}.triton")
-            for name in names:
-                library.impl(name, getattr(module, name), "CPU", allow_override=True)
+        for name, module in backends.TRITON_OPS.items():
+            kernel = getattr(importlib.import_module(module), name)
+            library.impl(name, kernel, "CPU", allow_override=True)
         yield
     finally:
         backends.MISSING = missing
-        backends.HALF_HIDDEN.discard("cpu")
-        backends.BY_PANELS.add("cpu")
+        backends.TRITON.discard("cpu")
         library._destroy()
 
 

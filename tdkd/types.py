@@ -93,6 +93,13 @@ class TDOutput(NamedTuple):
     on rows that are no states. None where the loss needs no ``log Z``."""
 
 
+def following(per_row: Tensor, successor: Tensor) -> Tensor:
+    """``per_row[successor]`` over flat rows; 0 where ``successor < 0``."""
+    if not per_row.numel():
+        return per_row
+    return torch.where(successor >= 0, per_row.gather(0, successor.clamp(min=0)), 0.0)
+
+
 @dataclass(frozen=True)
 class Rows:
     """What an objective sees: N positions, k slots each, nothing of vocabulary size.
@@ -153,10 +160,7 @@ class Rows:
     def following(self, per_row: Tensor) -> Tensor:
         """``[N]``: the entry of ``per_row [N]`` of each row's successor; 0 where it has none, or an
         unknown one."""
-        if not per_row.numel():
-            return per_row
-        successor = self.successor.clamp(min=0)
-        return torch.where(self.successor >= 0, per_row.gather(0, successor), 0.0)
+        return following(per_row, self.successor)
 
     @property
     def teacher_log_mass(self) -> Tensor:

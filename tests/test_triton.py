@@ -11,15 +11,14 @@ from torch.library import opcheck
 pytest.importorskip("triton")
 
 from tdkd import ops
-from tdkd.kernels import routes, tuning
+from tdkd.kernels import backends, routes, tuning
 from tdkd.kernels.linear_rows import in_forward
-from tdkd.kernels.rows import scatter_warps
+from tdkd.kernels.rows import slot_warps
 from tdkd.kernels.student_rows import reference as student_rows_reference
 from tdkd.kernels.student_rows import student_rows
 from tdkd.kernels.tuning import Config
 from tdkd.objectives import ForwardKL, IQLearn
 from tdkd.testing import (
-    GPU_OPS,
     SCALES,
     hard_rows,
     head_case,
@@ -67,7 +66,7 @@ def test_every_launch_has_warps():
     select, student, soft = (importlib.import_module(f"tdkd.kernels.{m}.triton") for m in modules)
     for k in range(1, 1025):
         block = max(16, 1 << (k - 1).bit_length())
-        found = [select.blocks(k).warps, scatter_warps(block), soft._launch(k)["num_warps"]]
+        found = [select.blocks(k).warps, slot_warps(block), soft._launch(k)["num_warps"]]
         found += [student.finish_warps(block, groups) for groups in (16, 1024, 4096)]
         assert set(found) <= {1, 2, 4, 8, 16}
 
@@ -743,6 +742,6 @@ def test_two_runs_give_the_same_bits():
     assert torch.equal(first[1], second[1])
 
 
-@pytest.mark.parametrize("name", [name for names in GPU_OPS.values() for name in names])
+@pytest.mark.parametrize("name", backends.TRITON_OPS)
 def test_opcheck(name):
     opcheck(getattr(torch.ops.tdkd, name).default, raw_ops(DEVICE, triton=True)[name])

@@ -24,7 +24,8 @@ from methods import FAMILY, METHODS, SET, Method, with_extras
 from run import Bench, options_of
 from torch import Tensor
 
-from tdkd.benchmark.report import environment, write_json
+from tdkd import records
+from tdkd.benchmark.report import environment
 from tdkd.models import lm_head
 from tdkd.ops import ActionSet, linear_select_actions
 
@@ -117,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("|" + "---|" * 7)
     rows = [row for start in args.starts for row in measure(bench, start, args.methods, args.batch)]
     output: Path = args.output.with_name("gradients.json")
-    write_json(output, {**environment(), "batch": args.batch, "rows": rows})
+    records.write_whole(output, {**environment(), "batch": args.batch, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 from judge import POSITIONS
 
 from tdkd import records
-from tdkd.benchmark.report import environment, write_json
+from tdkd.benchmark.report import environment
 
 SHOWN = {
     "kl": "KL",
@@ -53,7 +53,7 @@ def write(work: Path, output: Path, earlier: Path | None = None) -> None:
     times = work / "times.json"
     seconds = json.loads(times.read_text()) if times.exists() else before["times"]
     told = {"times": seconds, "runs": runs, "over_seeds": over_seeds(runs)}
-    write_json(output.with_suffix(".json"), {**environment(), **told})
+    records.write_whole(output.with_suffix(".json"), {**environment(), **told})
     given = ("method", "teacher", "start", "rate", "seed", "minutes", "steps")
     head = [*given, *SHOWN.values(), "Rouge-L"]
     print("| " + " | ".join(head) + " |")

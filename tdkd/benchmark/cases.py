@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,48 +140,20 @@ class LinearInputs(NamedTuple):
     tokens: Tensor
 
 
-def _select(rows: int, vocab: int, **options: Any) -> Case:
-    return Case("select_actions", rows, vocab, **options)
-
-
-def _td_loss(rows: int, vocab: int, **options: Any) -> Case:
-    return Case("td_loss", rows, vocab, top_p=0.8, **options)
-
-
-def _gather_q(rows: int, vocab: int, **options: Any) -> Case:
-    return Case("gather_q", rows, vocab, **options)
-
-
-def _linear_gather_q(rows: int, vocab: int, **options: Any) -> Case:
-    return Case("linear_gather_q", rows, vocab, **options)
-
-
-def _linear_td_loss(rows: int, vocab: int, **options: Any) -> Case:
-    return Case("linear_td_loss", rows, vocab, **options)
-
-
-def _linear_log_probs(rows: int, vocab: int, **options: Any) -> Case:
-    return Case("linear_log_probs", rows, vocab, **options)
-
-
-def _linear_select(rows: int, vocab: int, **options: Any) -> Case:
-    return Case("linear_select_actions", rows, vocab, top_p=0.8, **options)
-
-
-def _linear_cross_entropy(rows: int, vocab: int, **options: Any) -> Case:
-    return Case("linear_cross_entropy", rows, vocab, **options)
+_select = partial(Case, "select_actions")
+_td_loss = partial(Case, "td_loss", top_p=0.8)
+_gather_q = partial(Case, "gather_q")
+_soft_value = partial(Case, "soft_value", vocab=0)
+_td_target = partial(Case, "td_target", vocab=0)
+_linear_gather_q = partial(Case, "linear_gather_q")
+_linear_td_loss = partial(Case, "linear_td_loss")
+_linear_log_probs = partial(Case, "linear_log_probs")
+_linear_select = partial(Case, "linear_select_actions", top_p=0.8)
+_linear_cross_entropy = partial(Case, "linear_cross_entropy")
 
 
 def _ways(op: Callable[..., Case], rows: int, vocab: int, k: int, **options: Any) -> Case:
     return op(rows, vocab, k=k, ways=True, compiled=False, **options)
-
-
-def _soft_value(rows: int, **options: Any) -> Case:
-    return Case("soft_value", rows, 0, **options)
-
-
-def _td_target(rows: int) -> Case:
-    return Case("td_target", rows, 0)
 
 
 # Rows of the suites for CPUs are such that the logits take about 300 MB in float32.
@@ -386,17 +359,17 @@ def read_sets(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def make_inputs(case: Case, seed: int = 0) -> list[Inputs]:
+def make_inputs(case: Case) -> list[Inputs]:
     """Copies of a case's tensors, as many as exceed the caches together."""
-    first = _inputs(case, make_generator(case, seed))
+    first = _inputs(case, make_generator(case))
     size = sum(x.nbytes for x in (first.main, first.student) if x is not None)
     copies = min(MAX_COPIES, -(-ROTATED_BYTES // size))
     return [first, *(_copy(first) for _ in range(copies - 1))]
 
 
-def make_generator(case: Case, seed: int = 0) -> torch.Generator:
+def make_generator(case: Case) -> torch.Generator:
     """Source of randomness on the case's device."""
-    return torch.Generator(case.device).manual_seed(seed)
+    return torch.Generator(case.device).manual_seed(0)
 
 
 def _inputs(case: Case, generator: torch.Generator) -> Inputs:
@@ -433,9 +406,9 @@ def _inputs(case: Case, generator: torch.Generator) -> Inputs:
     return Inputs(teacher, student, tokens)
 
 
-def make_linear_inputs(case: Case, seed: int = 0) -> LinearInputs:
+def make_linear_inputs(case: Case) -> LinearInputs:
     """Hidden states and heads whose products spread as ordinary logits do."""
-    generator = make_generator(case, seed)
+    generator = make_generator(case)
     device, dtype = generator.device, DTYPES[case.dtype]
     tokens = torch.randint(case.vocab, (case.rows,), generator=generator, device=device)
 

@@ -15,7 +15,7 @@ import torch
 
 from tdkd.benchmark.cases import Case, Inputs, Run, Skip, make_inputs
 from tdkd.benchmark.rivals import ANCHORS, Rival
-from tdkd.testing import memory_events
+from tdkd.testing import memory_events, peak_bytes
 
 ENOUGH_SECONDS = {"cpu": 6.0, "cuda": 2.0}
 """A slow rival stops after two rounds, or when it has been timed so long, whichever is later."""
@@ -120,8 +120,6 @@ def measure(
             skip(rival.name, reason(error))
         else:
             runs[rival.name] = run
-            if not rival.warm:
-                times[rival.name].append(seconds())
         if rival.name in skipped:
             _free(case.device)  # only here has the error let go of the tensors of its frames
 
@@ -133,8 +131,8 @@ def measure(
             started: dict[str, Callable[[], float]] = {}
             failed = len(skipped)
             for i in order(turn, len(running)):
-                name, most = running[i].name, running[i].max_rounds or rounds
-                if name in skipped or enough(times[name], most, ENOUGH_SECONDS[case.device]):
+                name = running[i].name
+                if name in skipped or enough(times[name], rounds, ENOUGH_SECONDS[case.device]):
                     continue
                 tell(name)
                 try:
@@ -172,10 +170,8 @@ def measure(
                 bytes_moved=moved,
                 gb_per_s=moved / median / 1e9 if moved else None,
                 peak_extra_bytes=peak_extra_bytes(runs[rival.name], copies[0]),
-                result_bytes=result_bytes(runs[rival.name], copies[0]) if rival.warm else None,
-                logits_sized_allocations=allocations(runs[rival.name], copies[0], case.main_bytes)
-                if rival.warm  # one more call of a slow rival is not worth it
-                else None,
+                result_bytes=result_bytes(runs[rival.name], copies[0]),
+                logits_sized_allocations=allocations(runs[rival.name], copies[0], case.main_bytes),
             )
         )
     return compared(results, ANCHORS[case.device])
@@ -277,7 +273,10 @@ def peak_extra_bytes(run: Run, inputs: Inputs) -> int | None:
     cannot tell, or the call fails."""
     gc.collect()
     if inputs.main.is_cuda:
-        return _peak_on_gpu(run, inputs)
+        try:
+            return peak_bytes(lambda: run(inputs), inputs.main.device)
+        except RuntimeError:  # out of memory, too
+            return None
     _trim()
     try:
         # 5: the peak begins again at what is resident now (man 5 proc)
@@ -289,19 +288,6 @@ def peak_extra_bytes(run: Run, inputs: Inputs) -> int | None:
         return None
     del result
     return max(0, peak - before)
-
-
-def _peak_on_gpu(run: Run, inputs: Inputs) -> int | None:
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = run(inputs)
-        torch.cuda.synchronize()
-    except RuntimeError:  # out of memory, too
-        return None
-    del result
-    return torch.cuda.max_memory_allocated() - before
 
 
 def _resident(field: str) -> int:

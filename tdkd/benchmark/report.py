@@ -19,7 +19,6 @@ from tdkd import records
 from tdkd.benchmark.cases import Case, describe
 from tdkd.benchmark.measure import Result
 from tdkd.benchmark.rivals import ANCHORS
-from tdkd.errors import UserError
 
 SCHEMA = 2
 
@@ -77,19 +76,6 @@ def content(
         ],
         "left_out": [case._asdict() for case in left_out],
     }
-
-
-def make_directory(path: Path) -> None:
-    """The directory of the results, or one line that says why there is none."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: expected a directory, got {path}: {error.strerror}") from error
-
-
-def write_json(path: Path, run: dict[str, Any]) -> None:
-    """A JSON file that appears whole or not at all."""
-    records.write_whole(path, run)
 
 
 def write_picture(path: Path, run: dict[str, Any]) -> bool:

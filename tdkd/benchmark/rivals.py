@@ -42,9 +42,6 @@ class Rival(NamedTuple):
     """the rival whose time is 1 in its ratio."""
     compiles: bool = False
     """needs the compiler: left out by ``--no-compile``."""
-    warm: bool = True
-    """the first call does not count."""
-    max_rounds: int | None = None
     device: str | None = None
     """the only one where it is of interest."""
 

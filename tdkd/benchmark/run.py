@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from tdkd import records
 from tdkd.benchmark import report
 from tdkd.benchmark.cases import Case, choose
 from tdkd.benchmark.measure import ROUNDS, measure
@@ -80,7 +81,7 @@ def run(options: Options, tell: Callable[[int, int, str], None]) -> Done:
     elif not name or name != Path(name).name:
         raise UserError(f"name: expected a file name without extension, got {name}")
     directory = Path(options.output)
-    report.make_directory(directory)
+    records.check_directory(directory, "output")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would talk into the progress bar
 
     files = [directory / f"{name}.json", directory / f"{name}.png"]
@@ -98,7 +99,7 @@ def run(options: Options, tell: Callable[[int, int, str], None]) -> Done:
             written = report.content(
                 options.suite, options.device, torch.get_num_threads(), rounds, measured, left
             )
-            report.write_json(files[0], written)
+            records.write_whole(files[0], written)
             if not left or late:
                 break
             case = left[0]

@@ -33,7 +33,7 @@ def run() -> None:
     table.add_row(
         "cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )
-    table.add_row("ops", 'impl="reference" on every device')
+    table.add_row("reference", "every op, device and dtype; takes what no kernel does")
     wide = "" if backends.MULTIPLIES_BFLOAT16 else "; bfloat16 heads multiply in float32"
     table.add_row("cpu kernels", escape(backends.MISSING or backends.capability() + wide))
     largest = f"Triton, sets of at most {backends.GPU_MAX_K:,}; the reference takes larger ones"

@@ -19,11 +19,10 @@ from tdkd.cli.console import console, progress_bar
 from tdkd.cli.evaluate import collate
 from tdkd.cli.generate import sample
 from tdkd.errors import UserError
+from tdkd.kernels.select_actions.reference import REACHED
 from tdkd.models import check_positions, last_hidden_state, lm_head, load_model, load_tokenizer
 
 PS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
-REACHED = 1 - 1e-5
-"""Share of top_p at which a set counts as having reached it, as in ``select_actions``."""
 ROUNDING = 1e-6
 """Of the logarithm of a mass of 1, nats."""
 QUANTILES = {"median": 0.5, "p95": 0.95}

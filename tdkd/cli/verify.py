@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from tdkd import verify, verify_objective
-from tdkd.benchmark.report import environment, write_json
+from tdkd import records, verify, verify_objective
+from tdkd.benchmark.report import environment
 from tdkd.cli.console import console, progress_bar
 from tdkd.errors import UserError
 
@@ -72,7 +72,7 @@ def run(
     if output == "-":
         print(json.dumps(content, indent=2))
     elif output is not None:
-        write_json(Path(output), content)
+        records.write_whole(Path(output), content)
     total = sum(found.cases for found in findings)
     console.print(f"{total} cases, {len(failed)} of {len(findings)} lines failed")
     return 1 if failed else 0

@@ -22,10 +22,11 @@ LIBRARY = torch.library.Library("tdkd", "FRAGMENT")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GPU_MAX_K = 1024
 """The largest sets of the GPU kernels."""
-HALF_HIDDEN = {"cuda"}
-"""Devices whose kernels read hidden states in their dtype; elsewhere they are float32."""
-BY_PANELS = {"cpu"}
-"""Devices whose kernels select from rows that come a panel of columns at a time."""
+TRITON = {"cuda"}
+"""Devices whose kernels are Triton's: they read hidden states in their dtype (the others in
+float32), and select from whole rows (the others a panel of columns at a time)."""
+TRITON_OPS: dict[str, str] = {}
+"""Each of Triton's ops and the module that holds it, filled by :func:`on_gpu`."""
 
 SCHEMA_VERSION = 1
 """Of the operators that the extension implements, as csrc/module.cpp has it."""
@@ -88,7 +89,8 @@ def fake(op: str, function: object) -> None:
 def on_gpu(package: str, *ops: str) -> None:
     """Registers the functions of ``<package>.triton`` named as the ops; imported at a call."""
     for op in ops:
-        LIBRARY.impl(op, _later(f"{package}.triton", op), "CUDA")
+        TRITON_OPS[op] = f"{package}.triton"
+        LIBRARY.impl(op, _later(TRITON_OPS[op], op), "CUDA")
 
 
 def _later(module: str, function: str) -> object:

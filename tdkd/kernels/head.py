@@ -46,7 +46,7 @@ def tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
     and so does so once. Elsewhere chunks of whole rows. Rows and columns ascend, rows faster.
     """
     rows, columns = hidden.shape[0], weight.shape[0]
-    if hidden.device.type in backends.BY_PANELS:
+    if hidden.device.type not in backends.TRITON:
         height = max(1, min(rows, TILE_ROWS))
         panels = -(-columns // max(1, CHUNK_ELEMENTS[hidden.device.type] // height))
         width = -(-columns // max(1, panels))

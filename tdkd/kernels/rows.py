@@ -239,10 +239,10 @@ def scatter_rows(
         CAPPED=scale.capped,
         HAS_STATE=state is not None,
         K=block,
-        num_warps=scatter_warps(block),
+        num_warps=slot_warps(block),
     )
 
 
-def scatter_warps(block: int) -> int:
+def slot_warps(block: int) -> int:
     """Warps such that a thread holds at most 4 slots."""
     return max(1, min(8, block // 128))

@@ -132,7 +132,7 @@ def linear_gather_q(
 
 def as_read(hidden: Tensor) -> Tensor:
     """Hidden states in the dtype in which the kernels of this device read them."""
-    return hidden if hidden.device.type in backends.HALF_HIDDEN else hidden.float()
+    return hidden if hidden.device.type in backends.TRITON else hidden.float()
 
 
 def values_of(products: Tensor, ids: Tensor, scale: Scale) -> Tensor:

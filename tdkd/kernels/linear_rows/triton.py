@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tdkd.kernels.rows import on_device
+from tdkd.kernels.rows import on_device, slot_warps
 from tdkd.objectives import ForwardKL
 from tdkd.td_rows import RowTerms, TDRows
 
@@ -137,11 +137,6 @@ def forward_kl(
                 TAIL=rows.objective.tail,
                 LOG_PROB=rows.level == "log_prob",
                 K=block,
-                num_warps=warps(block),
+                num_warps=slot_warps(block),
             )
     return RowTerms(loss, q, value, nothing, entropy, log_mass), grad_z, grad_rest
-
-
-def warps(block: int) -> int:
-    """Warps such that a thread holds at most 4 slots."""
-    return max(1, min(8, block // 128))

@@ -22,7 +22,7 @@ def linear_select_actions(
     hidden, weight = hidden.detach(), weight.detach()
     factors = head.factor_dtype(hidden, weight)
     wide = head.Head(weight, None if bias is None else bias.detach(), factors)
-    if hidden.device.type in backends.BY_PANELS:
+    if hidden.device.type not in backends.TRITON:
         panels = Panels(hidden, weight.shape[0], k)
         for rows, columns in head.tiles(hidden, weight):
             logits = wide.logits(hidden[rows], columns)

@@ -3,12 +3,7 @@
 import torch
 from torch import Tensor
 
-
-def next_value(value: Tensor, successor: Tensor) -> Tensor:
-    """``value[successor]`` over flat rows; 0 where ``successor < 0``."""
-    if not value.numel():
-        return value
-    return torch.where(successor >= 0, value.gather(0, successor.clamp(min=0)), 0.0)
+from tdkd.types import following
 
 
 def td_target(
@@ -18,7 +13,7 @@ def td_target(
     successor = successor.long()
     reward = torch.zeros_like(value) if reward is None else reward
     known = successor != -2
-    future = gamma * next_value(value, successor) if gamma else torch.zeros_like(value)
+    future = gamma * following(value, successor) if gamma else torch.zeros_like(value)
     target = torch.where(known, reward + future, value)
     if not lam or not gamma or not value.numel():
         return target
@@ -26,7 +21,7 @@ def td_target(
     # so that log2(N) gathers replace a loop over rows. A chain that has ended is left alone, since
     # 0 * b would be NaN where another row holds -inf.
     linked = successor >= 0
-    ahead = (1 - lam) * next_value(value, successor) if lam < 1 else torch.zeros_like(value)
+    ahead = (1 - lam) * following(value, successor) if lam < 1 else torch.zeros_like(value)
     b = torch.where(linked, reward + gamma * ahead, target)
     c = value.new_full(value.shape, gamma * lam)
     s = torch.where(linked, successor, 0)
