@@ -75,8 +75,14 @@ BUDGETS = {
     "student_finish": (None, None, 64),
     "head_products": (None, None, 80),
 }
-"""At full bandwidth an H100 can issue 19.7 instructions in the time of one bfloat16 logit, twice as
-many in that of a float32 one. Registers are such that at least 16 warps fit a multiprocessor."""
+"""Of Triton 3.9, the pinned one. At full bandwidth an H100 can issue 19.7 instructions in the time of
+one bfloat16 logit, twice as many in that of a float32 one. Registers are such that at least 16
+warps fit a multiprocessor."""
+
+PINNED = triton.__version__.startswith("3.9.")
+OTHERS_SPILL, OTHERS_SLACK = 32, 1.02
+"""Bytes, and a factor on instructions, that other releases of Triton are allowed: of all kernels
+3.6 and 3.8 spill in one each, `select` at k = 1,024 (32) and `head_by_hidden` in float16 (8)."""
 
 
 VARIANTS = {
@@ -361,7 +367,7 @@ def main_loop(loops: list[list[str]]) -> list[str]:
 def broken(report: Report) -> list[str]:
     """What of the budgets a kernel does not keep."""
     found = []
-    if report.spilled_bytes:
+    if report.spilled_bytes > (0 if PINNED else OTHERS_SPILL):
         found.append(f"spills {report.spilled_bytes} bytes")
     narrow, wide, registers = BUDGETS.get(report.kernel, (None, None, 64))
     if report.variant:
@@ -370,7 +376,7 @@ def broken(report: Report) -> list[str]:
         found.append(f"{report.registers} registers, budget {registers}")
     if report.instructions_a_logit is not None:
         budget = wide if report.dtype == "float32" else narrow
-        if report.instructions_a_logit > budget:
+        if report.instructions_a_logit > budget * (1.0 if PINNED else OTHERS_SLACK):
             found.append(f"{report.instructions_a_logit} instructions a logit, budget {budget}")
         if not report.wide_loads:
             found.append("no 16-byte loads in the main loop")

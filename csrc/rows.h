@@ -48,8 +48,9 @@ inline Isa widest_isa() {
 #if TDKD_X86
   static const Isa widest = [] {
     __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                __builtin_cpu_supports("f16c");
+    unsigned a, b, c = 0, d;
+    __get_cpuid(1, &a, &b, &c, &d);  // clang 14 has no name for F16C
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (c & bit_F16C);
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::portable;

@@ -14,6 +14,7 @@
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define TDKD_X86 1
+#include <cpuid.h>
 #include <immintrin.h>
 #else
 #define TDKD_X86 0
@@ -133,6 +134,10 @@ TDKD_INLINE Vec with_sign(Vec a, Vec sign) {
 TDKD_INLINE Vec zero_below(Vec a, Vec b, Vec low) {
   return map([&](int i) { return b.v[i] < low.v[i] ? 0.0f : a.v[i]; });
 }
+/// x where a < limit, else y.
+TDKD_INLINE Vec select_below(Vec a, Vec limit, Vec x, Vec y) {
+  return map([&](int i) { return a.v[i] < limit.v[i] ? x.v[i] : y.v[i]; });
+}
 TDKD_INLINE Vec shift_left_23(Vec a) {
   return map([&](int i) { return std::bit_cast<float>(std::bit_cast<uint32_t>(a.v[i]) << 23); });
 }
@@ -194,6 +199,9 @@ inline Vec with_sign(Vec a, Vec sign) {
 inline Vec zero_below(Vec a, Vec b, Vec low) {
   return {_mm256_andnot_ps(_mm256_cmp_ps(b.v, low.v, _CMP_LT_OQ), a.v)};
 }
+inline Vec select_below(Vec a, Vec limit, Vec x, Vec y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, limit.v, _CMP_LT_OQ))};
+}
 inline Vec shift_left_23(Vec a) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
 }
@@ -252,6 +260,9 @@ inline Vec with_sign(Vec a, Vec sign) {
 }
 inline Vec zero_below(Vec a, Vec b, Vec low) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(b.v, low.v, _CMP_NLT_UQ), a.v)};
+}
+inline Vec select_below(Vec a, Vec limit, Vec x, Vec y) {
+  return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, limit.v, _CMP_LT_OQ), x.v)};
 }
 inline Vec shift_left_23(Vec a) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};

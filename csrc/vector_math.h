@@ -20,11 +20,18 @@ TDKD_INLINE Vec exp_of(Vec d, Vec slope_log2e, Vec lowest) {
   return p * shift_left_23(t);
 }
 
-/// tanh to 1e-7 absolute.
+/// tanh to 2e-7 relative: a softcap that is large against its logits multiplies small ones.
 TDKD_INLINE Vec tanh_of(Vec u) {
   Vec e = exp_of(all(-2.0f) * abs(u), all(1.44269504f), all(-87.0f));
   Vec t = (all(1.0f) - e) / (all(1.0f) + e);
-  return with_sign(t, u);
+  // u + u^3 p(u^2) below 5/8, least maximal relative error in degree 4: 4e-9
+  Vec s = u * u;
+  Vec p = all(-0x1.75e1a8p-8f);
+  p = fma(p, s, all(0x1.522692p-6f));
+  p = fma(p, s, all(-0x1.b83c58p-5f));
+  p = fma(p, s, all(0x1.110726p-3f));
+  p = fma(p, s, all(-0x1.555532p-2f));
+  return select_below(abs(u), all(0.625f), fma(u * s, p, u), with_sign(t, u));
 }
 
 inline float highest(Vec a) {

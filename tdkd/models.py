@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -324,6 +325,17 @@ def backbone(model: nn.Module) -> nn.Module:
 def last_hidden_state(model: nn.Module, **inputs: Any) -> Tensor:
     """``(B, T, H)``: what the head would see, without running the head. PEFT wrappers are fine."""
     return backbone(model)(**inputs, use_cache=False).last_hidden_state
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """What a body calls its keys and values of earlier tokens, as an argument and in its output:
+    ``past_key_values`` before transformers 5.24, ``cache`` since. None where it has none: the state
+    of Mamba goes by that name too, and goes wrong beside a mask."""
+    body = backbone(model)
+    given = inspect.signature(body.forward).parameters
+    if getattr(body, "_is_stateful", False) and "position_ids" not in given:
+        return None
+    return next((name for name in ("cache", "past_key_values") if name in given), None)
 
 
 @contextmanager

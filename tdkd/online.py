@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tdkd.bootstrap import without_value_head
 from tdkd.errors import UserError, missing
-from tdkd.models import backbone, generating, left_padded, lm_head
+from tdkd.models import backbone, cache_argument, generating, left_padded, lm_head
 from tdkd.objectives import Objective
 
 try:
@@ -118,6 +118,7 @@ class Stepwise:
     def __init__(self, model: nn.Module, mask: Tensor) -> None:
         self.body = backbone(model)
         self.head = lm_head(model)
+        self.argument = cache_argument(model)
         self.mask = mask
         self.cache: Any = None
         self.seen = 0
@@ -134,11 +135,11 @@ class Stepwise:
         out = self.body(
             input_ids=ids[:, self.seen :],
             attention_mask=self.mask,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.argument: self.cache},
             **options,
         )
-        self.cache, self.seen = out.past_key_values, ids.shape[1]
+        self.cache, self.seen = out[self.argument], ids.shape[1]
         return self.head.logits(out.last_hidden_state[:, -1])
 
 
@@ -552,15 +553,11 @@ def check(
             f"generation_batch_size: expected a multiple of the {args.world_size} processes, got "
             f"{args.generation_batch_size}"
         )
-    if args.teacher_mixture and not _keeps_keys(teacher):
+    if args.teacher_mixture and cache_argument(teacher) is None:
         raise UserError(
-            "teacher_mixture: expected a teacher with past_key_values, to go on token by token, "
-            f"got {type(teacher).__name__}; set it to 0"
+            "teacher_mixture: expected a teacher that keeps keys and values, to write token by "
+            f"token, got {type(teacher).__name__}; set it to 0"
         )
-
-
-def _keeps_keys(model: Any) -> bool:
-    return "past_key_values" in inspect.signature(backbone(model).forward).parameters
 
 
 class Clock:

@@ -4,13 +4,16 @@ Budget: |kernel - float64| <= |reference in float32 - float64| + a few units in 
 """
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from checks import check_linear_gather_q, check_student_rows
 from torch.library import opcheck
+from torch.utils.cpp_extension import get_cxx_compiler
 
 from tdkd import ops
 from tdkd.kernels import (
@@ -79,6 +82,25 @@ def test_sets_equal_the_reference_bit_for_bit(isa, vocab, dtype):
                 assert torch.equal(got.log_probs.double()[~finite], wanted[~finite])
                 error = (got.log_probs.double() - wanted)[finite].abs()
                 assert (error <= allowed.expand_as(wanted)[finite]).all(), (k, top_p, scale)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0, 1e4, 1e8])
+def test_a_softcap_costs_no_precision_however_large(isa, softcap):
+    logits = 4 * torch.randn(5, 700, generator=torch.Generator().manual_seed(0))
+
+    def run(logits, impl):
+        leaf = logits.clone().requires_grad_()
+        given = {"softcap": softcap, "impl": impl}
+        actions = ops.select_actions(logits, 8, **given)
+        loss = ops.td_loss(
+            leaf, logits, actions.ids[:, 2], objective=ForwardKL(tail=True), k=8, top_p=1.0,
+            reduction="none", **given,
+        ).loss  # fmt: skip
+        return actions.log_probs, loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+
+    got, wanted = run(logits, "fused"), run(logits.double(), "reference")
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=4e-6)
 
 
 def by_panels(logits, width, k, top_p, scale, include, state=None):
@@ -620,6 +642,18 @@ def test_a_smaller_cpu_multiplies_in_float32():
         assert able == str(capability == "avx512")
         found.append([float(x) for x in values])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("program", ["tests/fuzz/rows.cpp", "benchmarks/rows/rows.cpp"])
+def test_programs_beside_the_extension_compile(program):
+    """CI runs neither, and both call the row primitives."""
+    compiler = get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    root = Path(__file__).parents[1]
+    command = [compiler, "-std=c++20", "-fsyntax-only", "-Icsrc", "-Itests/fuzz", program]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_capability_is_chosen_by_the_environment(monkeypatch):

@@ -767,7 +767,7 @@ def test_a_teacher_without_keys_scores_and_does_not_write(tmp_path, tiny_tokeniz
     run = online_run(tmp_path, teacher, tiny_student, max_steps=1)
     run.train()
     assert math.isfinite(losses(run)[0])
-    words = "teacher_mixture: expected a teacher with past_key_values, .*got MambaForCausalLM"
+    words = "teacher_mixture: expected a teacher that keeps keys and values, .*got MambaForCausalLM"
     with pytest.raises(UserError, match=words):
         online_run(tmp_path, teacher, tiny_student, teacher_mixture=0.5)
 

@@ -41,7 +41,8 @@ double run(const std::string& op, Isa isa, int64_t n, int64_t k, int64_t rows) {
   for (int64_t i = 0; i < rows; ++i) {
     const T* row = x.data() + i % distinct * n;
     if (op == "select") {
-      select(row, n, how, -1, scratch, ids.data(), values.data(), count.data());
+      Carry carry{};
+      select(row, n, 0, true, how, -1, scratch, carry, ids.data(), values.data(), count.data());
       checksum += count[0];
     } else if (op == "student") {
       student(row, nullptr, n, scale, slots, values.data(), &rest);

@@ -23,6 +23,7 @@ from tdkd import records
 from tdkd.cli.console import console, progress_bar
 from tdkd.errors import UserError
 from tdkd.models import (
+    cache_argument,
     check_positions,
     eos_token_ids,
     generating,
@@ -85,12 +86,13 @@ def sample(
         sampler = TopKSampler(top_k, temperature, generator)
         options["logits_processor"] = LogitsProcessorList([sampler])
     with generating(model, config):
-        if len(prompts) > 1 and width > 1 and all(p == prompts[0] for p in prompts):
+        name = cache_argument(model)
+        if name and len(prompts) > 1 and width > 1 and all(p == prompts[0] for p in prompts):
             # one row computes what all of them share
             cache = DynamicCache(config=model.config)
-            model(ids[:1, :-1], past_key_values=cache, logits_to_keep=1)
+            model(ids[:1, :-1], **{name: cache}, logits_to_keep=1)
             cache.batch_repeat_interleave(len(prompts))
-            options["past_key_values"] = cache
+            options[name] = cache
         out = model.generate(ids, attention_mask=mask, generation_config=config, **options)
     result = []
     for row in out[:, width:].tolist():

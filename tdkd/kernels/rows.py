@@ -105,10 +105,14 @@ def row_base(row, inner, outer_stride, stride):
 
 @triton.jit
 def tanh(x):
-    """To 1e-7 absolute."""
+    """To 2e-7 relative: a softcap that is large against its logits multiplies small ones."""
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     t = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -t, t)
+    # x + x^3 p(x^2) below 5/8, least maximal relative error in degree 4: 4e-9
+    s = x * x
+    p = ((-0.0057049785 * s + 0.020639079) * s - 0.053739712) * s + 0.13331442
+    small = x + x * s * (p * s - 0.33333284)
+    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -t, t))
 
 
 @triton.jit

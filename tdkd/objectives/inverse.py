@@ -36,7 +36,8 @@ class Concave:
         if self.knee == -math.inf:
             return self.function(x)
         tangent = self.height + STEEPEST * (x - self.knee)
-        return torch.where(x < self.knee, tangent, self.function(x.clamp(min=self.knee)))
+        # at the knee too: releases of torch differ in what clamp gives back at its bound
+        return torch.where(x <= self.knee, tangent, self.function(x.clamp(min=self.knee)))
 
 
 def _with_tangent(function: Callable[[Tensor], Tensor], knee: float) -> Concave:
