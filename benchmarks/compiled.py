@@ -75,8 +75,8 @@ BUDGETS = {
     "student_finish": (None, None, 64),
     "head_products": (None, None, 80),
 }
-"""Of Triton 3.9, the pinned one. At full bandwidth an H100 can issue 19.7 instructions in the time of
-one bfloat16 logit, twice as many in that of a float32 one. Registers are such that at least 16
+"""Of Triton 3.9, the pinned one. At full bandwidth an H100 can issue 19.7 instructions in the time
+of one bfloat16 logit, twice as many in that of a float32 one. Registers are such that at least 16
 warps fit a multiprocessor."""
 
 PINNED = triton.__version__.startswith("3.9.")

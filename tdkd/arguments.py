@@ -236,17 +236,21 @@ def head(
 def ids_below(
     name: str, ids: Tensor, vocab: int, ignore_index: int | None = None, check: bool = True
 ) -> None:
-    """Refuses ids >= V on a CPU, where a compiled graph does so as it runs, and with ``check``."""
+    """Refuses ids >= V on a CPU, where a compiled graph does so as it runs, and with ``check``.
+
+    With ``ignore_index`` they are tokens: negative ones are refused too, but for that one.
+    """
     if not check and ids.device.type != "cpu":
         return
     wrong = ids >= vocab
-    if ignore_index is not None and ignore_index >= vocab:
-        wrong &= ids != ignore_index
     told = f"{name}: expected ids below the vocabulary's size {vocab}"
+    if ignore_index is not None:
+        wrong = (wrong | (ids < 0)) & (ids != ignore_index)
+        told = f"{name}: expected ids from 0 to {vocab - 1}, or {ignore_index}"
     if ids.device.type == "cpu" and torch.compiler.is_compiling():
         torch._assert_async(~wrong.any(), told)
     elif bool(wrong.any()):
-        raise ValueError(f"{told}, got {int(ids[wrong].max())}")
+        raise ValueError(f"{told}, got {int(ids[wrong][0])}")
 
 
 def distinct(name: str, ids: Tensor) -> None:
@@ -295,15 +299,6 @@ def shares(name: str, x: Tensor) -> None:
     fits = (x >= 0) & x.isfinite()
     if not bool(fits.all()):
         raise ValueError(f"{name}: expected finite numbers >= 0, got {float(x[~fits][0]):g}")
-
-
-def tokens_fit(tokens: Tensor, vocab: int, ignore_index: int) -> None:
-    wrong = (tokens != ignore_index) & ((tokens < 0) | (tokens >= vocab))
-    if bool(wrong.any()):
-        raise ValueError(
-            f"tokens: expected ids from 0 to {vocab - 1}, or {ignore_index}, got "
-            f"{int(tokens[wrong][0])}"
-        )
 
 
 def usable(name: str, x: Tensor, state: Tensor | None = None) -> None:

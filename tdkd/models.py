@@ -327,7 +327,7 @@ def last_hidden_state(model: nn.Module, **inputs: Any) -> Tensor:
     return backbone(model)(**inputs, use_cache=False).last_hidden_state
 
 
-def cache_argument(model: nn.Module) -> str | None:
+def cache_argument(model: Any) -> str | None:
     """What a body calls its keys and values of earlier tokens, as an argument and in its output:
     ``past_key_values`` before transformers 5.24, ``cache`` since. None where it has none: the state
     of Mamba goes by that name too, and goes wrong beside a mask."""

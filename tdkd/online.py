@@ -118,7 +118,7 @@ class Stepwise:
     def __init__(self, model: nn.Module, mask: Tensor) -> None:
         self.body = backbone(model)
         self.head = lm_head(model)
-        self.argument = cache_argument(model)
+        self.name = cache_argument(model) or "past_key_values"
         self.mask = mask
         self.cache: Any = None
         self.seen = 0
@@ -128,7 +128,7 @@ class Stepwise:
         """Logits ``[B, V]`` after ids ``[B, T]``, of which earlier calls have seen the first."""
         new = ids.shape[1] - self.mask.shape[1]
         self.mask = nn.functional.pad(self.mask, (0, new), value=1)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {self.name: self.cache}
         if self.positioned:
             positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
             options["position_ids"] = positions[:, self.seen :]
@@ -136,10 +136,9 @@ class Stepwise:
             input_ids=ids[:, self.seen :],
             attention_mask=self.mask,
             use_cache=True,
-            **{self.argument: self.cache},
             **options,
         )
-        self.cache, self.seen = out[self.argument], ids.shape[1]
+        self.cache, self.seen = out[self.name], ids.shape[1]
         return self.head.logits(out.last_hidden_state[:, -1])
 
 

@@ -52,7 +52,15 @@ from tdkd.kernels.student_rows import reference as _student_rows_reference
 from tdkd.kernels.td_target import reference as _td_target_reference
 from tdkd.objectives import IQLearn, Objective, ObjectiveLike, as_objective
 from tdkd.td_rows import RowTerms, TDRows
-from tdkd.types import ActionSet, LogProbs, Scale, StudentRows, TDOutput, Vocabulary
+from tdkd.types import (
+    ActionSet,
+    LogProbs,
+    Scale,
+    StudentRows,
+    TDOutput,
+    Vocabulary,
+    largest,
+)
 
 __all__ = [
     "ActionSet",
@@ -407,10 +415,7 @@ def td_loss(
     )
     student_logits = _check.columns("student_logits", student_logits, vocab_size)
     _check.tokens("tokens", tokens, lead, student_logits)
-    if check:
-        _check.tokens_fit(tokens, student_logits.shape[-1], ignore_index)
-    else:
-        _check.ids_below("tokens", tokens, student_logits.shape[-1], ignore_index, check=False)
+    _check.ids_below("tokens", tokens, student_logits.shape[-1], ignore_index, check)
     _check.selection(k, top_p)
     scale = _check.scale("", temperature, softcap, logit_scale)
     teacher_scale = _check.scale(
@@ -430,7 +435,8 @@ def td_loss(
     )
     if _needs_normaliser(objective, q):
         op = _student_rows if _fused(impl, student_logits, k=k) else _student_rows_reference
-        z, log_rest = op.student_rows(student_logits, actions.ids, scale, state=state)
+        held = state & (actions.count > 0)
+        z, log_rest = op.student_rows(student_logits, actions.ids, scale, state=held)
         log_rest = log_rest.flatten()
     else:
         gather = _gather_q if _fused(impl, student_logits, k=k) else _gather_q_reference
@@ -613,7 +619,7 @@ def linear_logsumexp(
         vocabulary = _weighted_columns(vocabulary, hidden, weight)
     linear_rows = _linear_rows_of(impl, hidden, weight, 1)
     rows = linear_rows(flat, weight, bias, nothing, scale, vocabulary)
-    return rows.log_rest.view(lead)
+    return rows.log_rest.to(rows.z.dtype).view(lead)
 
 
 def linear_log_probs(
@@ -683,10 +689,12 @@ def linear_log_probs(
         raise ValueError("vocabulary: expected a Vocabulary with gathered=True, got None")
     linear_rows = _linear_rows_of(impl, hidden, weight, k, gathered)
     z, log_rest = linear_rows(flat, weight, bias, ids_of, scale, vocabulary)
-    held = soft_value(torch.where(_check.repeated(ids_of), -torch.inf, z), impl=impl)
-    log_z = torch.logaddexp(held, log_rest)
-    log_probs = torch.where(ids_of < 0, -torch.inf, z - log_z.unsqueeze(-1))
-    return LogProbs(log_probs.view(ids.shape), (log_rest - log_z).view(lead))
+    level = largest(z.detach())
+    near, rest = z - level.unsqueeze(-1), (log_rest - level).to(z.dtype)
+    held = soft_value(torch.where(_check.repeated(ids_of), -torch.inf, near), impl=impl)
+    log_z = torch.logaddexp(held, rest)
+    log_probs = torch.where(ids_of < 0, -torch.inf, near - log_z.unsqueeze(-1))
+    return LogProbs(log_probs.view(ids.shape), (rest - log_z).view(lead))
 
 
 def batch_vocabulary(
@@ -959,9 +967,7 @@ def linear_td_loss(
     state = tokens != ignore_index
     if check:
         _check.usable("student_hidden", student_hidden, state)
-        _check.tokens_fit(tokens, weight.shape[0], ignore_index)
-    else:
-        _check.ids_below("tokens", tokens, weight.shape[0], ignore_index, check=False)
+    _check.ids_below("tokens", tokens, weight.shape[0], ignore_index, check)
 
     _check.one_teacher(teacher_hidden, teacher_weight, actions)
     live = actions is None
@@ -988,6 +994,7 @@ def linear_td_loss(
 
     # rows that are no states have no say in which columns exist, nor in the head's gradient, where
     # a NaN of theirs would survive as 0 * NaN
+    state = state & (actions.count > 0)
     here = state.unsqueeze(-1)
     flat = student_hidden if _all_states(state) else torch.where(here, student_hidden, 0.0)
     flat = flat.reshape(tokens.numel(), student_hidden.shape[-1])
@@ -1322,7 +1329,7 @@ def _divisor(
                 "num_items_in_batch: expected one number, got a tensor of shape "
                 f"{tuple(num_items_in_batch.shape)}"
             )
-        num_items_in_batch = num_items_in_batch.reshape(())
+        num_items_in_batch = num_items_in_batch.reshape(()).to(_accumulated(rows.log_probs).dtype)
         if _check.looked_at(num_items_in_batch):
             _check.within("num_items_in_batch", num_items_in_batch.item(), 0, float("inf"))
         return torch.where(num_items_in_batch == 0, torch.inf, num_items_in_batch)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tdkd.kernels.td_target.reference import td_target
 from tdkd.objectives import Objective
-from tdkd.types import Rows, following
+from tdkd.types import Rows, following, largest
 
 FLOOR = -10.0
 """Lowest Q of the level ``"shifted"``, nats below the largest of the set."""
@@ -178,15 +178,23 @@ class TDRows:
         log of the mass outside ``[N]`` (None where nothing needs it)."""
         state = self.state
         valid = (self.ids >= 0) & state.unsqueeze(-1)
-        value = torch.where(state, self.soft_value(z), 0.0)
         log_mass = log_tail = None
-        if log_rest is not None:
-            log_z = torch.where(state, torch.logaddexp(value, log_rest), 0.0)
-            log_mass = value - log_z
-            log_tail = torch.where(state, log_rest - log_z, 0.0)
+        if log_rest is None:
+            value = torch.where(state, self.soft_value(z), 0.0)
+        else:
+            # relative to the set, or a level of 100 would round differences by 1e-5
+            level = largest(z.detach())
+            near = z - level.unsqueeze(-1)
+            rest = (log_rest - level).to(z.dtype)
+            held = torch.where(state, self.soft_value(near), 0.0)
+            log_z = torch.where(state, torch.logaddexp(held, rest), 0.0)
+            log_mass = held - log_z
+            log_tail = torch.where(state, rest - log_z, 0.0)
             if self.level == "log_prob":
-                z = z - log_z.unsqueeze(-1)
+                z = near - log_z.unsqueeze(-1)
                 value = log_mass
+            else:
+                value = torch.where(state, held + level, 0.0)
         if self.level == "shifted":
             z = _shifted(z, valid)
             value = torch.where(state, self.soft_value(z), 0.0)
@@ -212,7 +220,7 @@ class TDRows:
             target_value=target,
             expert_weight=weight,
         )
-        per_row = self.objective(rows)
+        per_row = self.objective(rows.counted() if self.objective.bootstraps else rows)
         if not isinstance(per_row, Tensor):
             raise TypeError(f"objective: expected a tensor, got {type(per_row).__name__}")
         if per_row.shape != value.shape:
@@ -236,8 +244,7 @@ def _entropy(rows: Rows) -> Tensor:
 
 def _shifted(z: Tensor, valid: Tensor) -> Tensor:
     """Relative to the largest of the set, and no lower than ``FLOOR``; -inf where padded."""
-    best = torch.where(valid, z, -torch.inf).amax(-1, keepdim=True) if z.shape[-1] else z
-    best = torch.where(best.isfinite(), best, 0.0)
+    best = largest(torch.where(valid, z, -torch.inf)).unsqueeze(-1)
     return torch.where(valid, (z - best).clamp(min=FLOOR), -torch.inf)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -50,7 +50,8 @@ class StudentRows(NamedTuple):
     z: Tensor
     """float32 ``[..., k]``: scaled logits at the ids; -inf where padded."""
     log_rest: Tensor
-    """float32 ``[...]``: logsumexp of the scaled logits at every column but the ids."""
+    """float64 ``[...]`` (float32 on devices without): logsumexp of the scaled logits at every
+    column but the ids. Differences with it are taken before it is rounded."""
 
 
 class LogProbs(NamedTuple):
@@ -91,6 +92,14 @@ class TDOutput(NamedTuple):
     log_mass: Tensor | None = None
     """float32 ``[...]``: log of the student's full-vocabulary mass on the set, nats; no gradient; 0
     on rows that are no states. None where the loss needs no ``log Z``."""
+
+
+def largest(z: Tensor) -> Tensor:
+    """``[...]``: of each set ``[..., k]``; 0 where that is not finite."""
+    if not z.shape[-1]:
+        return z.new_zeros(z.shape[:-1])
+    best = z.amax(-1)
+    return torch.where(best.isfinite(), best, 0.0)
 
 
 def following(per_row: Tensor, successor: Tensor) -> Tensor:
@@ -146,6 +155,16 @@ class Rows:
     def bootstrapped(self) -> Tensor:
         """bool ``[N]``: states whose V' is known (or not needed, at gamma = 0)."""
         return self.state & (self.successor != -2) if self.gamma else self.state
+
+    def counted(self) -> Rows:
+        """As an objective that ``bootstraps`` sees them: on states whose V' is unknown, and which
+        it does not count, members that the student excludes have q = 0, for 0 times their infinite
+        gradient would be NaN."""
+        if not self.gamma:
+            return self
+        unknown = (self.state & (self.successor == -2)).unsqueeze(-1)
+        excluded = unknown & self.valid & (self.q == -torch.inf)
+        return replace(self, q=torch.where(excluded, 0.0, self.q))
 
     def taken(self, per_slot: Tensor) -> Tensor:
         """``[N]``: the entry of ``per_slot [N, k]`` that belongs to the taken token."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import tdkd.objectives
 from tdkd import ops
@@ -18,6 +19,7 @@ from tdkd.objectives import (
     LK,
     LSIQ,
     SQIL,
+    CrossEntropy,
     ForwardKL,
     IQLearn,
     ReverseKL,
@@ -799,3 +801,97 @@ def test_docstrings_of_the_ops_run(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted
     assert not result.failed
+
+
+# Logits of -inf, and levels
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_set_that_the_student_excludes(impl):
+    """Infinite where the definition is, and otherwise what is left of it; never NaN."""
+    student = torch.tensor([[-math.inf, 1.0, 0.0, 2.0]], requires_grad=True)
+    teacher = torch.tensor([[3.0, 0.0, 0.0, 0.0]])
+    p = teacher.softmax(-1)[0, 0].item()
+    bounded = {
+        TotalVariation(tail=True): p,
+        LK(tail=True): -math.log(1 - p),
+        SkewKL(0.1, tail=True): -p * math.log(0.1) + (1 - p) * math.log((1 - p) / (1 - 0.1 * p)),
+        SkewKL(0.1, reverse=True, tail=True): -math.log(0.9 * (1 - p) + 0.1),
+        JSD(0.5, tail=True): 0.5
+        * (p * math.log(2) + (1 - p) * math.log((1 - p) / (1 - p / 2)) - math.log(1 - p / 2)),
+    }
+    endless = (ForwardKL(tail=True), ForwardKL(), CrossEntropy(tail=True), CrossEntropy())
+    for objective, expected in {**bounded, **dict.fromkeys(endless, math.inf)}.items():
+        options = {"k": 1, "top_p": 1.0, "objective": objective, "impl": impl}
+        loss = ops.td_loss(student, teacher, torch.tensor([0]), **options).loss
+        assert loss.item() == pytest.approx(expected, abs=1e-6), objective
+        assert grad(loss, student).isfinite().all(), objective
+
+
+@pytest.mark.parametrize("level", ["log_prob", "logit"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        IQLearn(alpha=1.0),
+        IQLearn(expectation="teacher"),
+        SQIL(),
+        LSIQ(),
+        SoftTD(),
+        SoftTD(lam=0.5),
+        JSD(tail=True) + 0.1 * IQLearn(),
+        ReverseKL(tail=True) + SoftTD(),
+    ],
+    ids=repr,
+)
+def test_a_row_without_a_successor_sends_nothing_back_whatever_it_holds(objective, level):
+    """A response that was cut off ends in a row that does not count: 0 times infinity is NaN."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, 6, generator=generator)
+    student[2, 1] = -math.inf
+    student.requires_grad_()
+    options = {"objective": objective, "q": level, "k": 6, "top_p": 1.0}
+    out = ops.td_loss(
+        student, teacher, torch.tensor([0, 2, 1]), successor=torch.tensor([1, -1, -2]), **options
+    )
+    assert out.loss.isfinite()
+    assert not grad(out.loss, student).isnan().any()
+
+
+def test_a_state_without_a_set_sends_nothing_back():
+    """Its teacher's logits are NaN, and its student's hidden state is too."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher = torch.randn(6, 4, generator=generator), torch.randn(6, 9, generator=generator)
+    hidden[5], teacher[5] = math.nan, math.nan
+    hidden.requires_grad_()
+    weight = torch.randn(9, 4, generator=generator, requires_grad=True)
+    options = {"objective": ForwardKL(tail=True), "k": 4}
+    out = ops.linear_td_loss(
+        hidden, weight, torch.arange(6), teacher_hidden=teacher, teacher_weight=torch.eye(9),
+        **options,
+    )  # fmt: skip
+    assert out.loss.isfinite()
+    assert torch.autograd.grad(out.loss, weight)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("level", [30.0, 1e3, -1e4])
+def test_a_level_of_all_logits_costs_no_precision(level, impl):
+    """Models' logits may lie near -100: differences are taken before anything is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    student = (3 * torch.randn(64, 1000, generator=generator) + level).requires_grad_()
+    tokens = torch.randint(1000, (64,), generator=generator)
+    exact = student.detach().double().requires_grad_()
+    wanted = cross_entropy(exact, tokens)
+    options = {"objective": CrossEntropy(tail=True), "k": 8, "impl": impl}
+    loss = ops.td_loss(student, student.detach(), tokens, **options).loss
+    assert loss.item() == pytest.approx(wanted.item(), abs=2e-6)
+    torch.testing.assert_close(
+        64 * grad(loss, student).double(), 64 * grad(wanted, exact), rtol=0, atol=5e-7
+    )
+    hidden = torch.eye(1000)[:64]
+    ids = ops.select_actions(student.detach(), 8).ids
+    tensors = hidden, student.detach().T.contiguous().T.new_zeros(1000, 1000)
+    tensors[1][:, :64] = student.detach().T
+    rows = ops.linear_log_probs(*tensors, ids, impl=impl)
+    found = exact.detach().log_softmax(-1).gather(-1, ids.long())
+    torch.testing.assert_close(rows.log_probs.double(), found, rtol=0, atol=3e-6)

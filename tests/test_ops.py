@@ -641,6 +641,11 @@ def test_num_items_in_batch_replaces_the_count(batch):
         student, teacher, tokens, objective=ForwardKL(), num_items_in_batch=50
     ).loss
     torch.testing.assert_close(scaled, total / 50)
+    for items in (torch.tensor(50.0, dtype=torch.float64), torch.tensor([50])):
+        options = {"objective": ForwardKL(), "num_items_in_batch": items}
+        loss = ops.td_loss(student.float(), teacher.float(), tokens, **options).loss
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, (total / 50).float())
 
 
 # What is refused

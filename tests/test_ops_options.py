@@ -435,7 +435,11 @@ REFUSED = {
         "tokens: expected ids from 0 to 4, or -100, got 5",
     ),
     "loss token negative": (
-        lambda: ops.td_loss(x, x, token - 2, check=True),
+        lambda: ops.td_loss(x, x, token - 2),
+        "tokens: expected ids from 0 to 4, or -100, got -1",
+    ),
+    "loss token negative, sets": (
+        lambda: ops.linear_td_loss(h, w, token - 2, actions=SETS),
         "tokens: expected ids from 0 to 4, or -100, got -1",
     ),
     "loss k": (lambda: ops.td_loss(x, x, token, k=0), "k: .* got 0"),
@@ -1429,7 +1433,7 @@ def test_an_id_out_of_range_is_one_error_on_every_way(way, impl):
         for options in ({}, {"normaliser": "batch"}, {"q": "logit", "objective": ForwardKL()}):
             with pytest.raises(ValueError, match=f"^actions: {told}$"):
                 ops.linear_td_loss(h, w, token, actions=sets, impl=impl, **options)
-            with pytest.raises(ValueError, match=f"^tokens: {told}$"):
+            with pytest.raises(ValueError, match="^tokens: expected ids from 0 to 4, .*, got 5$"):
                 ops.linear_td_loss(h, w, token + 3, actions=sets, impl=impl, **options)
     # rows that are no states are not looked at
     ops.linear_td_loss(h, w, torch.tensor([4, -100]), actions=sets, impl=impl)

@@ -89,13 +89,14 @@ class Weighted(Objective):
     def __call__(self, rows: Rows) -> Tensor:
         total = torch.zeros_like(rows.value)
         for weight, objective in self.terms:
-            loss = objective(rows)
+            apart = objective.bootstraps and not self.bootstraps
+            loss = objective(rows.counted() if apart else rows)
             if loss.shape != total.shape:
                 raise ValueError(
                     f"objective: expected one loss a row {tuple(total.shape)} of {objective!r}, "
                     f"got {tuple(loss.shape)}"
                 )
-            if objective.bootstraps and not self.bootstraps:
+            if apart:
                 loss = torch.where(rows.bootstrapped, loss, 0.0)
             total = total + weight * loss
         return total

@@ -33,7 +33,8 @@ class _OnTheSet(Objective):
 
     def _distributions(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """(teacher, student) log-probabilities, ``[N, k]`` or ``[N, k + 1]`` with the tail last."""
-        policy = rows.q - rows.value.unsqueeze(-1)
+        # of a set that the student excludes as a whole, -inf - -inf would be NaN
+        policy = torch.where(rows.q == -torch.inf, -torch.inf, rows.q - rows.value.unsqueeze(-1))
         if not self.tail:
             return rows.teacher_policy, policy
         assert rows.log_mass is not None
@@ -264,7 +265,8 @@ class CrossEntropy(_OnTheSet):
     demonstrations = True
 
     def __call__(self, rows: Rows) -> Tensor:
-        log_likelihood = rows.taken(rows.q) - rows.value
+        taken = rows.taken(rows.q)
+        log_likelihood = torch.where(taken == -torch.inf, -torch.inf, taken - rows.value)
         if self.tail:
             assert rows.log_mass is not None
             log_likelihood = log_likelihood + rows.log_mass

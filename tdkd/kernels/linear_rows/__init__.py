@@ -206,4 +206,4 @@ def linear_rows(
         z, log_rest, _ = _FrozenHead.apply(*given)
     else:
         z, log_rest = _LinearRows.apply(*given)
-    return StudentRows(z, log_rest.float())
+    return StudentRows(z, log_rest)

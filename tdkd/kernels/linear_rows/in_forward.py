@@ -145,7 +145,7 @@ def _gradients(
     the others are their predecessors, whose loss counts too, and their successors."""
     with torch.enable_grad():
         z, rest = z.detach().requires_grad_(), rest.detach().requires_grad_()
-        terms = part(z, rest.float())
+        terms = part(z, rest)
         loss = terms.loss
         if z.shape[0] > inside:
             mine = torch.arange(z.shape[0], device=z.device) < inside

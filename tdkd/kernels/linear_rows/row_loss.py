@@ -44,7 +44,7 @@ def gradients_of(
     """
     with torch.enable_grad():
         leaves = z.detach().requires_grad_(), rest.detach().requires_grad_()
-        terms = rows(leaves[0], leaves[1].float())
+        terms = rows(*leaves)
         loss = terms.loss if divisor is None else terms.loss.sum() / divisor
         pairs = zip((loss, *terms[1:]), (by_loss, *by_terms), strict=True)
         wanted = [(x, grad) for x, grad in pairs if x is not None and grad is not None]

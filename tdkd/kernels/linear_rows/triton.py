@@ -52,7 +52,11 @@ def _forward_kl(
     known = j < tl.where(live, k, 0)
     z = tl.load(z_ptr + wide + j, mask=known, other=float("-inf"))
     log_p = tl.load(log_probs_ptr + wide + j, mask=known, other=float("-inf"))
-    rest = tl.load(rest_ptr + row).to(tl.float32)
+    # relative to the set, as in TDRows
+    level = tl.max(z, 0)
+    level = tl.where(tl.abs(level) < float("inf"), level, 0.0)
+    z = z - level
+    rest = (tl.load(rest_ptr + row).to(tl.float64) - level.to(tl.float64)).to(tl.float32)
     value = _logsumexp(z)
     top = tl.maximum(value, rest)
     top = tl.where(top == float("-inf"), 0.0, top)
@@ -87,8 +91,8 @@ def _forward_kl(
     tl.store(grad_z_ptr + wide + j, tl.where(live, grad_z * factor, 0.0), mask=inside)
     tl.store(grad_rest_ptr + row, tl.where(live, grad_rest * factor, 0.0))
     tl.store(loss_ptr + row, tl.where(live, loss, 0.0))
-    tl.store(q_ptr + row, tl.where(live, taken - log_z if LOG_PROB else taken, 0.0))
-    tl.store(value_ptr + row, tl.where(live, log_mass if LOG_PROB else value, 0.0))
+    tl.store(q_ptr + row, tl.where(live, taken - (log_z if LOG_PROB else -level), 0.0))
+    tl.store(value_ptr + row, tl.where(live, log_mass if LOG_PROB else value + level, 0.0))
     tl.store(entropy_ptr + row, tl.where(live, entropy, 0.0))
     tl.store(log_mass_ptr + row, tl.where(live, log_mass, 0.0))
 

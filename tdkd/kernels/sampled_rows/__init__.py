@@ -95,4 +95,4 @@ def sampled_rows(
     columns = vocabulary.ids.long().clamp(min=0)
     given = hidden, weight, bias, ids, places, columns, vocabulary.log_weight
     z, log_rest = _SampledRows.apply(*given, scale, head.factor_dtype(hidden, weight))
-    return StudentRows(z, log_rest.float())
+    return StudentRows(z, log_rest)

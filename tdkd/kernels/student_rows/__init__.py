@@ -90,7 +90,7 @@ def student_rows(
 ) -> StudentRows:
     """As in the reference; float32, bfloat16 or float16. Backward is no graph of its own."""
     z, log_rest = _StudentRows.apply(logits, ids, scale, log_weight, state)
-    return StudentRows(z, log_rest.float())
+    return StudentRows(z, log_rest)
 
 
 def gradient_of_logits(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tdkd.kernels.gather_q.reference import gather_q, scaled
 from tdkd.kernels.soft_value.reference import soft_value
-from tdkd.types import Scale, StudentRows
+from tdkd.types import Scale, StudentRows, largest
 
 
 def student_rows(
@@ -35,4 +35,6 @@ def student_rows(
     if state is not None:
         z = torch.where(state.unsqueeze(-1), z, -torch.inf)
         rest = torch.where(state.unsqueeze(-1), rest, -torch.inf)
-    return StudentRows(z, soft_value(rest))
+    level = largest(rest.detach())
+    wide = rest.dtype if rest.device.type == "mps" else torch.float64
+    return StudentRows(z, soft_value(rest - level.unsqueeze(-1)).to(wide) + level)
