@@ -220,7 +220,7 @@ class TDRows:
             target_value=target,
             expert_weight=weight,
         )
-        per_row = self.objective(rows.counted() if self.objective.bootstraps else rows)
+        per_row = self.objective(rows.blanked() if self.objective.bootstraps else rows)
         if not isinstance(per_row, Tensor):
             raise TypeError(f"objective: expected a tensor, got {type(per_row).__name__}")
         if per_row.shape != value.shape:

@@ -156,7 +156,7 @@ class Rows:
         """bool ``[N]``: states whose V' is known (or not needed, at gamma = 0)."""
         return self.state & (self.successor != -2) if self.gamma else self.state
 
-    def counted(self) -> Rows:
+    def blanked(self) -> Rows:
         """As an objective that ``bootstraps`` sees them: on states whose V' is unknown, and which
         it does not count, members that the student excludes have q = 0, for 0 times their infinite
         gradient would be NaN."""

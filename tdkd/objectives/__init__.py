@@ -5,7 +5,8 @@ function will do. Its attributes tell the ops and the trainer what it needs (a f
 them is given everything, counts as one that bootstraps, and is refused nothing):
 
 ``bootstraps``
-    it reads V' of the successor: rows whose response was cut off do not count.
+    it reads V' of the successor: rows whose response was cut off do not count (and hold q = 0 where
+    the student excludes a member, so that no NaN comes of them).
 ``normalised``
     it reads ``rows.log_mass`` or ``rows.log_tail``: the student's full normaliser is computed.
 ``rowwise``

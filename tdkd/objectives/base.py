@@ -90,7 +90,7 @@ class Weighted(Objective):
         total = torch.zeros_like(rows.value)
         for weight, objective in self.terms:
             apart = objective.bootstraps and not self.bootstraps
-            loss = objective(rows.counted() if apart else rows)
+            loss = objective(rows.blanked() if apart else rows)
             if loss.shape != total.shape:
                 raise ValueError(
                     f"objective: expected one loss a row {tuple(total.shape)} of {objective!r}, "
