@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from checks import check_linear_gather_q, check_student_rows
+from checks import check_linear_gather_q, check_softcap, check_student_rows
 from torch.library import opcheck
 
 pytest.importorskip("triton")
@@ -281,7 +281,9 @@ def test_gather_q(dtype, scale):
         return q.detach(), leaf.grad
 
     got, exact = run(logits, "fused"), run(logits.double(), "reference")
-    assert ulps(got[0], run(logits, "reference")[0], exact[0]) <= 2
+    # a GPU's exponential and quotient, of which tanh is made, are off by some last places
+    tanh = 4 if GPU and scale.softcap else 0
+    assert ulps(got[0], run(logits, "reference")[0], exact[0]) <= 2 + tanh
     assert got[1].dtype == dtype
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(got[1].double(), exact[1], rtol=2 * eps, atol=2 * eps)
@@ -289,21 +291,7 @@ def test_gather_q(dtype, scale):
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0, 1e4, 1e8])
 def test_a_softcap_costs_no_precision_however_large(softcap):
-    logits = 4 * torch.randn(5, 700, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-
-    def run(logits, impl):
-        leaf = logits.clone().requires_grad_()
-        given = {"softcap": softcap, "impl": impl}
-        actions = ops.select_actions(logits, 8, **given)
-        loss = ops.td_loss(
-            leaf, logits, actions.ids[:, 2], objective=ForwardKL(tail=True), k=8, top_p=1.0,
-            reduction="none", **given,
-        ).loss  # fmt: skip
-        return actions.log_probs, loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
-
-    got, wanted = run(logits, "fused"), run(logits.double(), "reference")
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=0, atol=4e-6)
+    check_softcap(softcap, DEVICE)
 
 
 def test_an_id_that_is_no_column_gives_nan_and_touches_nothing():
