@@ -118,7 +118,9 @@ class Stepwise:
     def __init__(self, model: nn.Module, mask: Tensor) -> None:
         self.body = backbone(model)
         self.head = lm_head(model)
-        self.name = cache_argument(model) or "past_key_values"
+        name = cache_argument(model)
+        assert name is not None  # see check
+        self.name = name
         self.mask = mask
         self.cache: Any = None
         self.seen = 0

@@ -18,7 +18,7 @@ from trl.distributed import DistributedBackend
 
 from tdkd import online, ops
 from tdkd.errors import UserError
-from tdkd.models import load_model, positions
+from tdkd.models import cache_argument, load_model, positions
 from tdkd.objectives import (
     JSD,
     LSIQ,
@@ -770,6 +770,33 @@ def test_a_teacher_without_keys_scores_and_does_not_write(tmp_path, tiny_tokeniz
     words = "teacher_mixture: expected a teacher that keeps keys and values, .*got MambaForCausalLM"
     with pytest.raises(UserError, match=words):
         online_run(tmp_path, teacher, tiny_student, teacher_mixture=0.5)
+
+
+class Body(torch.nn.Module):
+    _is_stateful = False
+    base_model = property(lambda self: self)
+
+
+class Newer(Body):
+    def forward(self, input_ids, position_ids=None, cache=None): ...
+
+
+class Older(Body):
+    def forward(self, input_ids, position_ids=None, past_key_values=None): ...
+
+
+class State(Body):
+    _is_stateful = True
+
+    def forward(self, input_ids, attention_mask=None, cache=None): ...
+
+
+@pytest.mark.parametrize(
+    "kind,name", [(Newer, "cache"), (Older, "past_key_values"), (State, None), (Body, None)]
+)
+def test_keys_and_values_go_by_the_name_of_the_release(kind, name):
+    """Since transformers 5.24 it is ``cache``, as is the state of Mamba."""
+    assert cache_argument(kind()) == name
 
 
 TRLS = online.vllm_generation.VLLMGeneration

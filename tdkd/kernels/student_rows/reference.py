@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from tdkd.kernels.gather_q.reference import gather_q, scaled
-from tdkd.kernels.soft_value.reference import soft_value
-from tdkd.types import Scale, StudentRows, largest
+from tdkd.kernels.soft_value.reference import above_peak
+from tdkd.types import Scale, StudentRows
 
 
 def student_rows(
@@ -35,6 +35,5 @@ def student_rows(
     if state is not None:
         z = torch.where(state.unsqueeze(-1), z, -torch.inf)
         rest = torch.where(state.unsqueeze(-1), rest, -torch.inf)
-    level = largest(rest.detach())
-    wide = rest.dtype if rest.device.type == "mps" else torch.float64
-    return StudentRows(z, soft_value(rest - level.unsqueeze(-1)).to(wide) + level)
+    above, peak = above_peak(rest)
+    return StudentRows(z, above + peak if rest.device.type == "mps" else above.double() + peak)
